@@ -1,0 +1,19 @@
+"""fastllm: fused kernels and length extrapolation for LLMs."""
+
+from fastllm import backends, ops
+from fastllm.backends import use_backend
+from fastllm.errors import BackendError, CheckpointError, ConfigError, DataError, FastLLMError, PatchError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "FastLLMError",
+    "PatchError",
+    "backends",
+    "ops",
+    "use_backend",
+]

@@ -1,0 +1,139 @@
+"""Which backend serves a call, and why.
+
+Four backends: ``torch`` is the plain definition and serves everything; ``cpp`` serves CPU tensors; ``triton`` serves
+CUDA and ROCm tensors, and CPU tensors under TRITON_INTERPRET=1; ``cuda`` serves CUDA tensors for the ops that have a
+CUDA C++ kernel. Unforced, a CPU tensor goes to ``cpp``, a GPU tensor to ``triton``, and whatever has no kernel
+(another device, float64) to ``torch``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from fastllm.errors import BackendError
+from fastllm.kernels import cpp, triton
+
+NAMES = ("torch", "cpp", "triton", "cuda")
+KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+
+def _valid(name: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+forced: str | None = _valid(os.environ["FASTLLM_BACKEND"]) if os.environ.get("FASTLLM_BACKEND") else None
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces one backend for every op inside the ``with`` block, backward passes of those calls included.
+
+    Args:
+        name: ``"torch"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
+
+    Raises:
+        ValueError: for another name.
+        BackendError: from an op inside the block that the backend cannot serve, naming op and reason.
+
+    The choice is the process's, not the thread's. The environment variable FASTLLM_BACKEND sets the initial one.
+    """
+    global forced
+    _valid(name)
+    before, forced = forced, name
+    try:
+        yield
+    finally:
+        forced = before
+
+
+def unavailable(name: str) -> str:
+    """Why a backend cannot be used in this process; empty when it can."""
+    if name == "torch":
+        return ""
+    if name == "cpp":
+        return cpp.unavailable()
+    if name == "triton":
+        if triton.unavailable():
+            return triton.unavailable()
+        if not triton.interpreted() and not torch.cuda.is_available():
+            return "no GPU that torch can use (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly)"
+        return ""
+    return "no CUDA C++ kernels are built" if torch.cuda.is_available() else "no CUDA device that torch can use"
+
+
+def available() -> list[str]:
+    """The backends usable in this process, a sublist of ``["torch", "cpp", "triton", "cuda"]``."""
+    return [name for name in NAMES if not unavailable(_valid(name))]
+
+
+def refusal(name: str, kernels: frozenset[str], device: torch.device, dtype: torch.dtype) -> str:
+    """Why backend `name` cannot run an op with these `kernels` on such a tensor; empty when it can."""
+    if name == "torch":
+        return ""
+    if reason := unavailable(name):
+        return reason
+    if name not in kernels:
+        return f"this op has no {name} kernel"
+    if dtype not in KERNEL_DTYPES:
+        return f"{name} kernels take float32, bfloat16 and float16, not {dtype}"
+    on_cpu = device.type == "cpu"
+    if name == "cpp" and not on_cpu:
+        return f"cpp kernels take CPU tensors, not {device}"
+    if name == "cuda" and device.type != "cuda":
+        return f"cuda kernels take CUDA tensors, not {device}"
+    if name == "triton" and not (device.type == "cuda" or (on_cpu and triton.interpreted())):
+        return f"triton kernels take GPU tensors, not {device} (TRITON_INTERPRET=1 accepts CPU tensors)"
+    return ""
+
+
+def select(op: str, kernels: frozenset[str], device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that serves a call. A forced one that cannot raises BackendError."""
+    if forced is not None:
+        if reason := refusal(forced, kernels, device, dtype):
+            raise BackendError(f"{op}: backend {forced!r} cannot serve this call: {reason}")
+        return forced
+    preferred = {"cpu": "cpp", "cuda": "triton"}.get(device.type, "torch")
+    return preferred if not refusal(preferred, kernels, device, dtype) else "torch"
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> str:
+    """Says which backend a call of `op` with these arguments would use and why the others would not be.
+
+    Args:
+        op: a public name of ``fastllm.ops``, for example ``"rms_norm"``.
+        *args, **kwargs: what the op would be called with; the first tensor decides device and dtype.
+
+    Returns:
+        Lines of text; the first names the backend that serves the call.
+
+    Raises:
+        ValueError: for an unknown op. TypeError: without a tensor among the arguments.
+        BackendError: when a forced backend cannot serve the call.
+    """
+    from fastllm.ops import _op  # the registry of ops sits above this module; looked up only when a person asks
+
+    if op not in _op.PUBLIC:
+        raise ValueError(f"op must be one of {', '.join(sorted(_op.PUBLIC))}, got {op!r}")
+    tensor = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
+    if tensor is None:
+        raise TypeError(f"explain({op!r}, ...) needs the tensors the op would be called with")
+    kernels = _op.PUBLIC[op].kernels
+    chosen = select(op, kernels, tensor.device, tensor.dtype)
+    why = "forced" if forced else f"{tensor.device.type} tensor, {tensor.dtype}"
+    if chosen == "cpp":
+        why += f", kernels for {cpp.capability()}"
+    lines = [f"{op}: {chosen} ({why})"]
+    for name in NAMES:
+        if name != chosen:
+            reason = refusal(name, kernels, tensor.device, tensor.dtype)
+            lines.append(
+                f"  not {name}: {reason or ('another is forced' if forced else 'slower here; force it with use_backend')}"
+            )
+    return "\n".join(lines)

@@ -1,0 +1,56 @@
+"""What the launchers share: block sizes, program counts, and the list of shipped configurations that can be compiled anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+
+# A row up to this many channels is kept in registers; a longer one is read in steps of LOOP_BLOCK, the second time from
+# the cache.
+MAX_BLOCK = 8192
+LOOP_BLOCK = 2048
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One shipped specialisation of a kernel: everything ``triton.compile`` needs to build it without a GPU.
+
+    signature maps each run-time argument to a Triton type ("*bf16", "fp32", "i64"; "i32:16" for an integer that is a
+    multiple of 16, which lets loads be vectorised as they are at run time), constants each constexpr to its value; the
+    launcher uses the same num_warps and num_stages for these constants.
+    """
+
+    kernel: Any
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+    label: str = ""
+    matrix: bool = field(default=False, kw_only=True)  # the inner loop must use the chip's matrix instructions
+
+
+def block_for(channels: int) -> int:
+    """The power of two that holds a row, or LOOP_BLOCK where none up to MAX_BLOCK does."""
+    block = triton.next_power_of_2(max(channels, 16))
+    return block if block <= MAX_BLOCK else LOOP_BLOCK
+
+
+def warps_for(block: int, elements_per_thread: int = 16) -> int:
+    """Warps that leave each thread at most so many elements of a row: 4 to 32."""
+    return min(32, max(4, block // (32 * elements_per_thread)))
+
+
+def program_count(device: torch.device, rows: int, per_processor: int = 4) -> int:
+    """Programs for a kernel that loops over rows and keeps a running sum: enough to fill the chip, never more than rows."""
+    if device.type != "cuda":
+        return min(rows, 2)
+    return min(rows, per_processor * torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def triton_type(dtype: torch.dtype) -> str:
+    """A pointer to `dtype` in a Triton signature."""
+    return {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]

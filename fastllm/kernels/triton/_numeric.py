@@ -1,0 +1,26 @@
+"""Device functions that several kernels share."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastllm.kernels.triton import interpreted
+
+_INTERPRETED = tl.constexpr(interpreted())
+
+
+@triton.jit
+def narrow(x, pointer):
+    """x (fp32) in the element type of `pointer`, rounded to nearest even.
+
+    Hardware rounds a plain cast that way. Triton's interpreter truncates fp32 to bf16, which would be a second meaning
+    for the same kernel, so there the rounding is done on the bits.
+    """
+    if _INTERPRETED and pointer.dtype.element_ty == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        kept = tl.where(x != x, (bits >> 16) | 0x40, rounded)
+        return kept.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(pointer.dtype.element_ty)

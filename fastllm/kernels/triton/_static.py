@@ -1,0 +1,97 @@
+"""Compiles the shipped configurations for a chip that need not be present, and reads what the compiler made of them."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import fastllm.kernels.triton as kernels
+from fastllm.kernels.triton._launch import Configuration
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """registers per thread, bytes spilled per thread, shared memory in bytes per block, and the disassembly."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    assembly: str
+
+
+def shipped() -> Iterator[Configuration]:
+    """Every configuration of every kernel file."""
+    for info in pkgutil.iter_modules(kernels.__path__):
+        if not info.name.startswith("_"):
+            yield from importlib.import_module(f"fastllm.kernels.triton.{info.name}").configurations()
+
+
+def compile_for(configuration: Configuration, target: str) -> Compiled:
+    """Builds one configuration for one of TARGETS.
+
+    Pointers are taken as 16-byte aligned, as torch's allocators give them, so that loads may be vectorised.
+    """
+    names = list(configuration.kernel.arg_names)
+    types = {n: "constexpr" if n in configuration.constants else configuration.signature[n] for n in names}
+    signature = {n: t.removesuffix(":16") for n, t in types.items()}
+    aligned = [t.startswith("*") or t.endswith(":16") for t in types.values()]
+    attributes = {(i,): [["tt.divisibility", 16]] for i, is_aligned in enumerate(aligned) if is_aligned}
+    source = ASTSource(
+        fn=configuration.kernel,
+        signature=signature,
+        constexprs={(names.index(n),): value for n, value in configuration.constants.items()},
+        attrs=attributes,
+    )
+    options = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
+    if target.startswith("gfx"):
+        options["num_warps"] = max(1, configuration.num_warps // 2)  # a wavefront is two warps wide
+    built = triton.compile(source, target=TARGETS[target], options=options)
+    if target.startswith("gfx"):
+        text = built.asm["amdgcn"]
+        return Compiled(
+            registers=_number(r"\.vgpr_count:\s+(\d+)", text),
+            spilled_bytes=4 * (_number(r"\.vgpr_spill_count:\s+(\d+)", text) + _number(r"\.sgpr_spill_count:\s+(\d+)", text)),
+            shared_bytes=built.metadata.shared,
+            assembly=text,
+        )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        sass = _tool("nvdisasm", "-c", file.name)
+    # Local memory that the stack frame does not explain is spill; a kernel without arrays has no frame of its own.
+    return Compiled(
+        registers=_number(r"REG:(\d+)", usage),
+        spilled_bytes=_number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage),
+        shared_bytes=built.metadata.shared,
+        assembly=sass,
+    )
+
+
+def _tool(name: str, *arguments: str) -> str:
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    return subprocess.run([str(path), *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"the compiler's report has no {pattern!r}")
+    return int(found.group(1))

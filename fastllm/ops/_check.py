@@ -1,0 +1,49 @@
+"""Argument checks shared by the ops: each failure names the argument, what it was and what was expected."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def is_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def is_floating(name: str, value: Any) -> None:
+    is_tensor(name, value)
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got dtype {value.dtype}")
+
+
+def has_rank_of_at_least(name: str, value: torch.Tensor, rank: int) -> None:
+    if value.dim() < rank:
+        raise ValueError(
+            f"{name} must have at least {rank} dimension{'s' * (rank > 1)}, got shape {tuple(value.shape)}"
+        )
+
+
+def has_shape(name: str, value: torch.Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    """`meaning` says where the expected shape comes from, for example "the last dimension of x"."""
+    if value.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)} ({meaning}), got {tuple(value.shape)}")
+
+
+def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(f"{name} and {other_name} must be on one device, got {value.device} and {other.device}")
+
+
+def in_range(name: str, value: float, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
+    """low <= value <= high, or low < value where `open_low`; an infinite bound must not be reached."""
+    above = value > low if open_low else value >= low
+    if not above or not value <= high or value in (float("inf"), float("-inf")):
+        bounds = f"{'>' if open_low else '>='} {low}" + (f" and <= {high}" if high != float("inf") else "")
+        raise ValueError(f"{name} must be a finite number {bounds}, got {value}")
+
+
+def one_of(name: str, value: Any, valid: tuple[Any, ...]) -> None:
+    if value not in valid:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, valid))}, got {value!r}")

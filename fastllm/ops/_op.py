@@ -1,0 +1,173 @@
+"""How an op is declared: its schema, definition, fake, Triton launcher and gradient, once, beside each other.
+
+    _norm = Op("norm(Tensor x, float eps) -> Tensor", definition, fake=..., triton="norm:forward", save=..., backward=...)
+    _norm_backward = Op("norm_backward(Tensor grad, Tensor x, float eps) -> Tensor", definition_of_it, fake=..., triton=...)
+
+registers torch.ops.fastllm.norm with PyTorch: the C++ kernel of the extension for CPU tensors, the Triton launcher for
+CUDA tensors, the definition for any other device, a fake for torch.compile and FakeTensor, and autograd. Calling the
+Op is calling that, unless a backend is forced or no kernel serves the tensor; then the definition runs under
+PyTorch's own autograd, or the forced kernel does under the same gradient rule.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from fastllm import backends
+from fastllm.errors import BackendError
+from fastllm.kernels import cpp, triton
+
+LIBRARY = torch.library.Library("fastllm", "DEF")
+PUBLIC: dict[str, Op] = {}  # public op name -> the Op that does its work, for backends.explain
+
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+
+
+class Op:
+    """One operator ``torch.ops.fastllm.<name>``.
+
+    Args:
+        schema: ``"name(Tensor x, ...) -> ..."`` in PyTorch's schema language; tensors come first, the first decides
+            device and dtype.
+        definition: the same computation in plain PyTorch, returning as many tensors as the schema says.
+        fake: shapes, dtypes and strides of the outputs, as ``torch.library.register_fake`` wants it.
+        triton: ``"file:function"`` under ``fastllm.kernels.triton``, imported at first use; None: no Triton kernel.
+        save, backward: the gradient, ``save(ctx, inputs, output)`` and ``backward(ctx, *grads)`` as in
+            ``torch.library.register_autograd``. Without them the gradient is the definition's, which for a backward
+            op is what makes a gradient of a gradient right.
+        public: the public functions this op serves, for ``backends.explain``.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        definition: Callable[..., Any],
+        *,
+        fake: Callable[..., Any],
+        triton: str | None = None,
+        save: Callable[..., None] | None = None,
+        backward: Callable[..., Any] | None = None,
+        public: Sequence[str] = (),
+    ) -> None:
+        self.name = schema.split("(", 1)[0]
+        self.definition = definition
+        self._triton = triton
+        self._launcher: Callable[..., Any] | None = None
+        LIBRARY.define(schema, tags=_TAGS)
+        LIBRARY.impl(self.name, definition, "CompositeExplicitAutograd")
+        if triton is not None:
+            LIBRARY.impl(self.name, self.launch, "CUDA")
+        torch.library.register_fake(f"fastllm::{self.name}", fake, lib=LIBRARY)
+        self.torch_op = getattr(torch.ops.fastllm, self.name).default
+        has_cpp = not cpp.unavailable() and torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"fastllm::{self.name}", "CPU"
+        )
+        self.kernels = frozenset(
+            name for name, there in (("torch", True), ("cpp", has_cpp), ("triton", triton is not None)) if there
+        )
+        self.save, self.backward = save or _save_inputs, backward or self._backward_by_definition
+        torch.library.register_autograd(f"fastllm::{self.name}", self.backward, setup_context=self.save, lib=LIBRARY)
+        PUBLIC.update(dict.fromkeys(public, self))
+
+    def __call__(self, x: torch.Tensor, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._dispatch(x, *args)
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func transforms see through the definition
+            if backends.forced not in (None, "torch"):
+                raise BackendError(
+                    f"{self.name}: backend {backends.forced!r} cannot serve a call under torch.func transforms"
+                )
+            return self.definition(x, *args)
+        # Eager calls skip the two crossings between Python and C++ that a gradient registered from Python costs.
+        if backends.forced is not None or x.dtype not in backends.KERNEL_DTYPES or x.device.type not in _KERNEL_DEVICES:
+            return self._dispatch(x, *args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(x, *args):
+            return _Eager.apply(self, self.torch_op, x, *args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.torch_op(x, *args)
+
+    def _dispatch(self, x: torch.Tensor, *args: Any) -> Any:
+        backend = backends.select(self.name, self.kernels, x.device, x.dtype)
+        if backend == "torch":
+            return self.definition(x, *args)
+        if backend == "triton" and x.device.type == "cpu":
+            return _Eager.apply(self, self.launch, x, *args)
+        return self.torch_op(x, *args)
+
+    def launch(self, *args: Any) -> Any:
+        """Runs the Triton kernel itself, without autograd."""
+        if self._launcher is None:
+            assert self._triton is not None
+            file, function = self._triton.split(":")
+            self._launcher = getattr(importlib.import_module(f"fastllm.kernels.triton.{file}"), function)
+        return self._launcher(*args)
+
+    def _backward_by_definition(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        tensors = iter(ctx.saved_tensors)
+        inputs = [next(tensors) if is_tensor else other for is_tensor, other in ctx.layout]
+        return vjp(self.definition, inputs, grads)
+
+
+# The devices whose tensors go straight to PyTorch's dispatcher because a kernel is registered for them.
+_KERNEL_DEVICES = frozenset(
+    device for device, missing in (("cpu", cpp.unavailable()), ("cuda", triton.unavailable())) if not missing
+)
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.layout = [(isinstance(i, torch.Tensor), None if isinstance(i, torch.Tensor) else i) for i in inputs]
+    ctx.save_for_backward(*(i for i in inputs if isinstance(i, torch.Tensor)))
+
+
+def vjp(definition: Callable[..., Any], inputs: Sequence[Any], grads: Sequence[Any]) -> tuple[Any, ...]:
+    """Gradients of ``definition(*inputs)`` for output gradients `grads`, one entry per input (None: not differentiable).
+
+    Differentiable itself when gradients are enabled, so that second derivatives exist.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        wanted = [isinstance(i, torch.Tensor) and i.is_floating_point() for i in inputs]
+        if again:
+            inputs = [i.view_as(i) if w and i.requires_grad else i for i, w in zip(inputs, wanted)]
+            wanted = [w and i.requires_grad for i, w in zip(inputs, wanted)]
+        else:
+            inputs = [i.detach().requires_grad_() if w else i for i, w in zip(inputs, wanted)]
+        outputs = definition(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        pairs = [(o, g) for o, g in zip(outputs, grads) if g is not None and o.requires_grad]
+        found: tuple[Any, ...] = ()
+        if pairs and any(wanted):
+            found = torch.autograd.grad(
+                [o for o, _ in pairs],
+                [i for i, w in zip(inputs, wanted) if w],
+                [g for _, g in pairs],
+                create_graph=again,
+                allow_unused=True,
+            )
+    each = iter(found or [None] * sum(wanted))
+    return tuple(next(each) if w else None for w in wanted)
+
+
+class _Eager(torch.autograd.Function):
+    """An op's own gradient rule around a direct call of its kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, kernel: Callable[..., Any], *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = kernel(*args)
+        ctx.op, ctx.forced = op, backends.forced
+        op.save(ctx, args, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        if ctx.forced is None:
+            found = ctx.op.backward(ctx, *grads)
+        else:
+            with backends.use_backend(ctx.forced):
+                found = ctx.op.backward(ctx, *grads)
+        return (None, None, *found) if isinstance(found, tuple) else (None, None, found)

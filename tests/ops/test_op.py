@@ -1,0 +1,103 @@
+"""Claims about every op: overhead, torch.compile, FakeTensor, autocast, checkpointing, forced backends."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+import fastllm
+from fastllm import backends
+from fastllm.ops import rms_norm
+
+
+def test_available_names_the_definition_first():
+    assert backends.available()[0] == "torch"
+    assert "cpp" in backends.available()
+
+
+def test_explain_names_the_backend_and_the_reason():
+    text = backends.explain("rms_norm", torch.ones(2, 4))
+    assert text.startswith("rms_norm: cpp (cpu tensor, torch.float32")
+    assert "not cuda" in text
+    assert backends.explain("rms_norm", torch.ones(2, 4, dtype=torch.float64)).startswith("rms_norm: torch")
+    with pytest.raises(ValueError, match="op must be one of"):
+        backends.explain("nothing", torch.ones(2))
+    with pytest.raises(TypeError, match="needs the tensors"):
+        backends.explain("rms_norm")
+
+
+def test_a_forced_backend_that_cannot_serve_raises_naming_op_and_reason():
+    with fastllm.use_backend("cuda"), pytest.raises(fastllm.BackendError, match=r"rms_norm.*'cuda'.*no CUDA"):
+        rms_norm(torch.ones(2, 4))
+    with fastllm.use_backend("cpp"), pytest.raises(fastllm.BackendError, match="not torch.float64"):
+        rms_norm(torch.ones(2, 4, dtype=torch.float64))
+    with pytest.raises(ValueError, match="backend must be one of"), fastllm.use_backend("fast"):
+        pass
+    assert backends.forced is None
+
+
+def test_the_environment_forces_a_backend():
+    code = "import torch, fastllm; print(fastllm.backends.explain('rms_norm', torch.ones(2, 2)).splitlines()[0])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "FASTLLM_BACKEND": "torch"}, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "rms_norm: torch (forced)", done.stderr
+
+
+def test_compiles_without_a_graph_break():
+    x, weight = torch.randn(4, 32, requires_grad=True), torch.randn(32, requires_grad=True)
+    compiled = torch.compile(lambda x, w: rms_norm(x, w) * 2, fullgraph=True)
+    torch.testing.assert_close(compiled(x, weight), rms_norm(x, weight) * 2)
+    grads = torch.autograd.grad(compiled(x, weight).sum(), (x, weight))
+    torch.testing.assert_close(grads, torch.autograd.grad((rms_norm(x, weight) * 2).sum(), (x, weight)))
+
+
+def test_fake_tensors_pass_through():
+    with FakeTensorMode():
+        x = torch.empty(4, 32, requires_grad=True)
+        y = rms_norm(x, torch.empty(32))
+        assert y.shape == x.shape
+        y.sum().backward()
+        assert x.grad.shape == x.shape
+
+
+def test_checkpointing_and_double_use_of_an_input():
+    x, weight = torch.randn(4, 32, requires_grad=True), torch.randn(32, requires_grad=True)
+
+    def twice(x, weight):
+        return rms_norm(x, weight) + rms_norm(x * 2, weight)
+
+    expected = torch.autograd.grad(twice(x, weight).square().sum(), (x, weight))
+    found = torch.autograd.grad(checkpoint(twice, x, weight, use_reentrant=False).square().sum(), (x, weight))
+    torch.testing.assert_close(found, expected)
+
+
+def test_two_backward_passes_over_one_graph_agree():
+    x = torch.randn(4, 32, requires_grad=True)
+    y = rms_norm(x).square().sum()
+    first = torch.autograd.grad(y, x, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(y, x), first, rtol=0, atol=0)
+
+
+def test_functorch_grad():
+    x = torch.randn(4, 32)
+    found = torch.func.grad(lambda x: rms_norm(x).square().sum())(x)
+    x.requires_grad_()
+    torch.testing.assert_close(found, torch.autograd.grad(rms_norm(x).square().sum(), x)[0])
+
+
+def test_autocast_leaves_the_op_alone():
+    x = torch.randn(4, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert rms_norm(x).dtype == torch.float32
+        assert rms_norm(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_global_random_state_is_untouched():
+    before = torch.get_rng_state()
+    rms_norm(torch.ones(2, 4))
+    assert torch.equal(torch.get_rng_state(), before)
