@@ -50,7 +50,11 @@ class BuildKernels(build_ext):
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        build_dir = Path(self.build_temp) / ext.name
+        # An editable install hands over a throwaway folder; the usual one keeps the object files for the next build.
+        temporary = (
+            f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}" if self.editable_mode else self.build_temp
+        )
+        build_dir = Path(temporary) / ext.name
         build_dir.mkdir(parents=True, exist_ok=True)
         if ext.name.endswith("_cuda"):
             self.build_cuda(target, build_dir)
