@@ -8,7 +8,7 @@ _capability = ""
 try:
     import fastllm._C as _C
 except ModuleNotFoundError:
-    _reason = "the C++ extension is not built; `fastllm doctor` says how to build it"
+    _reason = "the C++ extension is not built"
 except ImportError as error:  # built for another torch or platform, say
     _reason = f"the C++ extension does not load: {error}"
 else:
