@@ -4,7 +4,7 @@ Every csrc/cpu/*.cpp is compiled once per instruction set (baseline, AVX2, AVX-5
 pure kernels and once more as the binding that picks among them at run time; no torch header is read by the kernels.
 
 Environment:
-  FASTLLM_BUILD_CUDA=1   compile csrc/cuda/*.cu with nvcc even where torch has no CUDA (0 never; default: when both are there)
+  FASTLLM_BUILD_CUDA=1   compile csrc/cuda/*.cu with nvcc even without a CUDA torch (0 never; default: if both exist)
   FASTLLM_REQUIRE_CPP=1  fail the installation if the extension cannot be built (default: install without it and say so)
 """
 

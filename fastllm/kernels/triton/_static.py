@@ -67,7 +67,8 @@ def compile_for(configuration: Configuration, target: str) -> Compiled:
         text = built.asm["amdgcn"]
         return Compiled(
             registers=_number(r"\.vgpr_count:\s+(\d+)", text),
-            spilled_bytes=4 * (_number(r"\.vgpr_spill_count:\s+(\d+)", text) + _number(r"\.sgpr_spill_count:\s+(\d+)", text)),
+            spilled_bytes=4
+            * (_number(r"\.vgpr_spill_count:\s+(\d+)", text) + _number(r"\.sgpr_spill_count:\s+(\d+)", text)),
             shared_bytes=built.metadata.shared,
             assembly=text,
         )
