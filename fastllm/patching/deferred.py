@@ -6,13 +6,16 @@ it, so a model that does something unforeseen gets the unfused result and never 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_PRODUCTS = {torch.mul, torch.multiply, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}  # type: ignore[attr-defined]
+# Under torch.compile an operator arrives as the function of the operator module, not as the method.
+_PRODUCTS = {operator.mul, torch.mul, torch.multiply, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}  # type: ignore[attr-defined]
+_QUOTIENTS = {operator.truediv, torch.div, torch.true_divide, Tensor.div, Tensor.__truediv__}
 
 
 class Deferred:
@@ -92,19 +95,19 @@ class DeferredActivation(Deferred):
     def _compute(self) -> Tensor:
         return self.act(self.gate)
 
-    def __mul__(self, up: Any) -> Any:
+    def times(self, up: Any) -> Tensor:
+        """The product, fused where it can be."""
         if isinstance(up, Tensor) and up.shape == self.gate.shape and up.dtype == self.gate.dtype:
             return self.product(self.gate, up)
         return self.tensor() * materialized(up)
 
-    def __rmul__(self, up: Any) -> Any:
-        return self * up
+    __mul__ = __rmul__ = times
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in _PRODUCTS and len(args) == 2 and not kwargs:
             one, other = args
-            return one * other if isinstance(one, DeferredActivation) else other * one
+            return one.times(other) if isinstance(one, DeferredActivation) else other.times(one)
         return super().__torch_function__(function, types, args, kwargs)
 
 
@@ -121,7 +124,8 @@ class DeferredLogits(Deferred):
         self.scale = 1.0
         self.softcap: float | None = None
         self.steps: tuple[Callable[[Tensor], Tensor], ...] = ()  # the same chain, to compute exactly as the model would
-        self.dtype = hidden.dtype
+        kind = hidden.device.type
+        self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
     def _compute(self) -> Tensor:
         logits = torch.nn.functional.linear(self.hidden, self.weight, self.bias)
@@ -134,19 +138,21 @@ class DeferredLogits(Deferred):
         after.scale, after.softcap, after.steps, after.dtype = scale, softcap, (*self.steps, step), dtype
         return after
 
-    def __mul__(self, factor: Any) -> Any:
+    def times(self, factor: Any) -> Any:
         if type(factor) in (int, float) and factor > 0:
             scale, softcap = (self.scale * factor, None) if self.softcap is None else (self.scale, self.softcap * factor)
             return self._then(lambda x: x * factor, scale, softcap, self.dtype)
         return self.tensor() * materialized(factor)
 
-    __rmul__ = __mul__
+    __mul__ = __rmul__ = times
 
-    def __truediv__(self, divisor: Any) -> Any:
+    def over(self, divisor: Any) -> Any:
         if type(divisor) in (int, float) and divisor > 0:
             scale, softcap = (self.scale / divisor, None) if self.softcap is None else (self.scale, self.softcap / divisor)
             return self._then(lambda x: x / divisor, scale, softcap, self.dtype)
         return self.tensor() / materialized(divisor)
+
+    __truediv__ = over
 
     def tanh(self) -> Any:
         if self.softcap is not None:
@@ -180,4 +186,10 @@ class DeferredLogits(Deferred):
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in (torch.tanh, Tensor.tanh) and len(args) == 1 and not kwargs and isinstance(args[0], cls):
             return args[0].tanh()
+        if len(args) == 2 and not kwargs:
+            one, other = args
+            if function in _PRODUCTS:
+                return one.times(other) if isinstance(one, cls) else other.times(one)
+            if function in _QUOTIENTS and isinstance(one, cls):
+                return one.over(other)
         return super().__torch_function__(function, types, args, kwargs)

@@ -15,7 +15,7 @@ from torch import nn
 from fastllm import backends
 from fastllm.errors import PatchError
 from fastllm.ops import _op
-from fastllm.patching.replacement import install, remove, replaced_by
+from fastllm.patching.replacement import Replacement, install, remove, replaced_by
 from fastllm.patching.report import Patched, PatchReport, Skipped
 from fastllm.patching.rules import Found
 
@@ -87,7 +87,7 @@ def patch(
                 report.skipped.append(found)
                 continue
             any_found = True
-            if RULES[op] not in replaced_by(found.module):
+            if found.slot not in _slots_of(found.module):
                 if verify:
                     if found.kind not in verdicts:
                         verdicts[found.kind] = _verify(rule, found, model)
@@ -96,7 +96,8 @@ def patch(
                         continue
                 install(RULES[op], found.module, found.slot, found.settings)
                 installed.append(found)
-            report.patched.append(Patched(found.path, op, _backend(rule, found.module)))
+            if not found.auxiliary:
+                report.patched.append(Patched(found.path, op, _backend(rule, found.module)))
         if not any_found and not any(s.op == op for s in report.skipped):
             report.skipped.append(Skipped("", op, "no module of this model has it"))
 
@@ -154,6 +155,10 @@ def _verify(rule: Any, found: Found, model: nn.Module) -> str:
         if problem:
             return f"{problem} ({str(dtype).removeprefix('torch.')})"
     return ""
+
+
+def _slots_of(module: nn.Module) -> set[str]:
+    return {name for name, value in module.__dict__.items() if isinstance(value, Replacement)}
 
 
 def _backend(rule: Any, module: nn.Module) -> str:

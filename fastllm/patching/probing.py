@@ -15,7 +15,7 @@ from fastllm.patching.replacement import Replacement
 
 def random(shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, scale: float = 1.0, seed: int = 0) -> Tensor:
     """Normal values from a generator of their own."""
-    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))) * scale
+    values = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed + sum(shape))) * scale
     return values.to(device=device, dtype=dtype)
 
 

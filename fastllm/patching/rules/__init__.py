@@ -18,13 +18,14 @@ from torch import nn
 @dataclass(frozen=True)
 class Found:
     """A module a rule recognised: the slot of its ``__dict__`` to fill, plain settings for ``bind``, and the kind that
-    one verification covers."""
+    one verification covers. What only serves another replacement (`auxiliary`) is not counted in the report."""
 
     path: str
     module: nn.Module
     slot: str
     settings: dict[str, Any] = field(default_factory=dict)
     kind: Hashable = ()
+    auxiliary: bool = False
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -47,8 +47,8 @@ def find(model: nn.Module) -> Iterator[Found | Skipped]:
         elif occupied(head, slot_of(head)) or occupied(module, slot_of(module)):
             yield Skipped(where, OP, "its forward was replaced by other code: logits are computed, their cross entropy is fused")
         else:
-            yield Found(where, head, slot_of(head), {"part": "head"}, "head")
-            yield Found(path, module, slot_of(module), {"part": "model"}, "model")
+            yield Found(where, head, slot_of(head), {"part": "head"}, "head", auxiliary=True)
+            yield Found(path, module, slot_of(module), {"part": "model"}, "model", auxiliary=True)
 
 
 def bind(module: nn.Module, settings: dict[str, Any]) -> Callable[..., Any]:

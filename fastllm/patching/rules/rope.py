@@ -143,6 +143,8 @@ def _rotation(original: Callable[..., Any], layout: str) -> Callable[..., Any]:
 def _rebound(forward: types.FunctionType, layouts: tuple[tuple[str, str], ...]) -> types.FunctionType:
     """A copy of a forward whose globals hold our rotations; shared by all instances that ask for it."""
     scope = dict(forward.__globals__)
+    # By this name torch.compile would look the globals up in the module it names, and guard on the originals.
+    scope.pop("__name__", None)
     for name, layout in layouts:
         scope[name] = _rotation(scope[name], layout)
     copy = types.FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
