@@ -1,5 +1,7 @@
 """The kernels as functions, for scripts that patch nothing. All are differentiable and registered with PyTorch."""
 
+from fastllm.ops.cross_entropy import cross_entropy
 from fastllm.ops.rms_norm import rms_norm
+from fastllm.ops.token_logprobs import token_logprobs
 
-__all__ = ["rms_norm"]
+__all__ = ["cross_entropy", "rms_norm", "token_logprobs"]
