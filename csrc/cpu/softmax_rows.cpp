@@ -307,19 +307,27 @@ static void begin_rows(const SoftmaxRows& p, const SoftmaxStatistics& s, int64_t
 
 static float* row_of(const Tensor& t, int64_t row) { return (float*)t.mutable_data_ptr() + row * t.size(1); }
 
+// The rows of a (5, rows) tensor; those not wanted are cleared.
+static SoftmaxStatistics statistics_in(const Tensor& t, bool with_total, bool with_weighted) {
+  const SoftmaxStatistics s{row_of(t, 0), row_of(t, 1), row_of(t, 2), row_of(t, 3), row_of(t, 4)};
+  const int64_t rows = t.size(1);
+  if (!with_total) std::fill_n(s.total, rows, 0.f);
+  if (!with_weighted) std::fill_n(s.weighted, rows, 0.f);
+  return {s.top, s.sum, s.target_logit, with_total ? s.total : nullptr, with_weighted ? s.weighted : nullptr};
+}
+
 Tensor statistics(Tensor logits, Tensor target, std::optional<Tensor> bias, std::optional<Tensor> previous,
                   int64_t first_column, int64_t ignore_index, double logit_scale, double softcap, double temperature,
                   bool with_total, bool with_entropy) {
   const RowsOf of(logits, target, bias, first_column, ignore_index, logit_scale, softcap, temperature);
   const int64_t rows = of.count(), columns = of.rows.columns;
   Tensor out = fresh_float(logits, {5, rows});
+  const SoftmaxStatistics s = statistics_in(out, with_total, with_entropy);
   if (previous) {
     torch::stable::copy_(out, *previous);
   } else {
-    begin_rows(of.rows, {row_of(out, 0), row_of(out, 1), row_of(out, 2), row_of(out, 3), row_of(out, 4)}, 0, rows);
+    begin_rows(of.rows, s, 0, rows);
   }
-  const SoftmaxStatistics s{row_of(out, 0), row_of(out, 1), row_of(out, 2), with_total ? row_of(out, 3) : nullptr,
-                            with_entropy ? row_of(out, 4) : nullptr};
   const auto kernel = FASTLLM_PICK(softmax_statistics);
   deal_rows(rows, columns, parts_for(rows, columns), [&](int64_t, int64_t b, int64_t e) { kernel(of.rows, s, b, e); });
   return out;
@@ -347,20 +355,18 @@ void gradient_(Tensor logits, Tensor target, std::optional<Tensor> bias, Tensor 
 enum Reduction : int64_t { none, mean, sum };
 
 // loss = (1 - smoothing) nll + smoothing (mean over classes of -log p) + z_loss lse^2 of each row that is not ignored.
-// -> (loss, (2, rows) top and sum, what the summed loss was multiplied by).
+// -> (loss, statistics, what the summed loss was multiplied by).
 std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor logits, Tensor target, std::optional<Tensor> num_items,
                                                  double items, int64_t ignore_index, double label_smoothing,
                                                  double z_loss, double softcap, int64_t reduction) {
   const RowsOf of(logits, target, std::nullopt, 0, ignore_index, 1, softcap, 1);
   const int64_t rows = of.count(), columns = of.rows.columns;
   of.check_targets(columns);
-  Tensor stats = fresh_float(logits, {2, rows});
+  Tensor stats = fresh_float(logits, {5, rows});
   Tensor loss = reduction == none ? fresh_float(logits, {rows}) : fresh_float(logits, {});
   Tensor scale = fresh_float(logits, {});
   float* losses = reduction == none ? (float*)loss.mutable_data_ptr() : nullptr;
-  std::vector<float> target_logit(rows), total(label_smoothing ? rows : 0);
-  const SoftmaxStatistics s{row_of(stats, 0), row_of(stats, 1), target_logit.data(), total.empty() ? nullptr : total.data(),
-                            nullptr};
+  const SoftmaxStatistics s = statistics_in(stats, label_smoothing != 0, false);
   struct Sum { double loss = 0; int64_t rows = 0; char apart[48]; };  // a cache line each
   const int64_t parts = parts_for(rows, columns);
   std::vector<Sum> sums(parts);
@@ -372,9 +378,9 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor logits, Tensor target, s
       double value = 0;
       if (of.rows.target[row] != ignore_index) {
         const float log_sum = std::log(s.sum[row]), lse = s.top[row] + log_sum;
-        value = log_sum + (s.top[row] - target_logit[row]);
+        value = log_sum + (s.top[row] - s.target_logit[row]);
         if (label_smoothing) {
-          const float uniform = log_sum + (s.top[row] - total[row] / float(columns));
+          const float uniform = log_sum + (s.top[row] - s.total[row] / float(columns));
           value = (1 - label_smoothing) * value + label_smoothing * uniform;
         }
         if (z_loss) value += z_loss * double(lse) * lse;
@@ -409,17 +415,16 @@ Tensor cross_entropy_backward(Tensor logits, Tensor target, Tensor grad_loss, Te
   return out;
 }
 
-// -> (log-probability of each target, entropy of each row or nothing, (3, rows) top, sum and weighted).
+// -> (log-probability of each target, entropy of each row or nothing, statistics).
 std::tuple<Tensor, Tensor, Tensor> token_logprobs(Tensor logits, Tensor target, double temperature, double softcap,
                                                   bool with_entropy) {
   const RowsOf of(logits, target, std::nullopt, 0, no_ignore, 1, softcap, temperature);
   const int64_t rows = of.count(), columns = of.rows.columns;
   of.check_targets(columns);
-  Tensor stats = fresh_float(logits, {3, rows});
+  Tensor stats = fresh_float(logits, {5, rows});
   Tensor logprobs = fresh_float(logits, {rows}), entropy = fresh_float(logits, {with_entropy ? rows : 0});
   float *logprob = (float*)logprobs.mutable_data_ptr(), *h = (float*)entropy.mutable_data_ptr();
-  const SoftmaxStatistics s{row_of(stats, 0), row_of(stats, 1), logprob, nullptr, with_entropy ? row_of(stats, 2) : nullptr};
-  if (!with_entropy) torch::stable::zero_(stats);
+  const SoftmaxStatistics s = statistics_in(stats, false, with_entropy);
   const auto kernel = FASTLLM_PICK(softmax_statistics);
   deal_rows(rows, columns, parts_for(rows, columns), [&](int64_t, int64_t b, int64_t e) {
     begin_rows(of.rows, s, b, e);
@@ -438,7 +443,7 @@ Tensor token_logprobs_backward(Tensor logits, Tensor target, Tensor grad_logprob
   const RowsOf of(logits, target, std::nullopt, 0, no_ignore, 1, softcap, temperature);
   const int64_t columns = of.rows.columns;
   Tensor out = fresh_like(logits);
-  const SoftmaxGradient g{row_of(stats, 0), row_of(stats, 1), row_of(stats, 2), (const float*)grad_logprobs.const_data_ptr(),
+  const SoftmaxGradient g{row_of(stats, 0), row_of(stats, 1), row_of(stats, 4), (const float*)grad_logprobs.const_data_ptr(),
                           grad_entropy ? (const float*)grad_entropy->const_data_ptr() : nullptr, grad_logprobs.stride(0),
                           grad_entropy ? grad_entropy->stride(0) : 0, -1.f, columns, 0.f, 0.f, out.mutable_data_ptr(),
                           columns, streams(out)};

@@ -155,9 +155,9 @@ def _merge(a: Tensor, b: Tensor) -> Tensor:
     top = torch.maximum(a[0], b[0])
     steps = [(c[0] - top).nan_to_num(nan=0.0).clamp(min=-104.0) for c in (a, b)]
     factors = [step.exp() for step in steps]
-    total = sum(c[1] * f for c, f in zip((a, b), factors))
-    weighted = sum((c[4] + c[1] * step) * f for c, step, f in zip((a, b), steps, factors))
-    return torch.stack([top, total, torch.maximum(a[2], b[2]), a[3] + b[3], weighted])
+    sums = a[1] * factors[0] + b[1] * factors[1]
+    weighted_a, weighted_b = ((c[4] + c[1] * step) * f for c, step, f in zip((a, b), steps, factors))
+    return torch.stack([top, sums, torch.maximum(a[2], b[2]), a[3] + b[3], weighted_a + weighted_b])
 
 
 def _statistics_fake(logits: Tensor, *_: Any) -> Tensor:

@@ -114,7 +114,7 @@ def _definition(
     if REDUCTIONS[reduction] == "mean":
         divisor = items if num_items is None and items >= 0 else num_items
         scale = 1 / _softmax_rows.divisor(target, ignore_index, divisor, losses.dtype)
-    stats = losses.new_zeros(2, losses.shape[0])  # the kernels' business: the definition's gradient does without
+    stats = losses.new_zeros(5, losses.shape[0])  # the kernels' business: the definition's gradient does without
     return _reduce(losses, scale, reduction), stats, scale
 
 
@@ -124,7 +124,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rows, dtype = logits.shape[0], _softmax_rows.wide(logits.dtype)
     loss = logits.new_empty((rows,) if REDUCTIONS[reduction] == "none" else (), dtype=dtype)
-    return loss, logits.new_empty((2, rows), dtype=dtype), logits.new_empty((), dtype=dtype)
+    return loss, logits.new_empty((5, rows), dtype=dtype), logits.new_empty((), dtype=dtype)
 
 
 def _backward_definition(

@@ -76,7 +76,7 @@ def _definition(
     if with_entropy:  # 0 log 0 = 0, in the gradient too
         impossible = logp == float("-inf")
         entropy = -(logp.exp() * logp.masked_fill(impossible, 0.0)).sum(-1)
-    stats = logp.new_zeros(3, logp.shape[0])  # the kernels' business: the definition's gradient does without
+    stats = logp.new_zeros(5, logp.shape[0])  # the kernels' business: the definition's gradient does without
     return _softmax_rows.pick(logp, target), entropy, stats
 
 
@@ -85,7 +85,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, dtype = logits.shape[0], _softmax_rows.wide(logits.dtype)
     entropy = logits.new_empty((rows,) if with_entropy else (0,), dtype=dtype)
-    return logits.new_empty((rows,), dtype=dtype), entropy, logits.new_empty((3, rows), dtype=dtype)
+    return logits.new_empty((rows,), dtype=dtype), entropy, logits.new_empty((5, rows), dtype=dtype)
 
 
 def _backward_definition(
