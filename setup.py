@@ -4,7 +4,7 @@ Every csrc/cpu/*.cpp is compiled once per instruction set (baseline, AVX2, AVX-5
 pure kernels and once more as the binding that picks among them at run time; no torch header is read by the kernels.
 
 Environment:
-  FASTLLM_BUILD_CUDA=1   compile csrc/cuda/*.cu with nvcc even where torch has no CUDA (0 never; default: when both are there)
+  FASTLLM_BUILD_CUDA=1   compile csrc/cuda/*.cu with nvcc even without a CUDA torch (0 never; default: if both exist)
   FASTLLM_REQUIRE_CPP=1  fail the installation if the extension cannot be built (default: install without it and say so)
 """
 
@@ -50,7 +50,11 @@ class BuildKernels(build_ext):
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        build_dir = Path(self.build_temp) / ext.name
+        # An editable install hands over a throwaway folder; the usual one keeps the object files for the next build.
+        temporary = (
+            f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}" if self.editable_mode else self.build_temp
+        )
+        build_dir = Path(temporary) / ext.name
         build_dir.mkdir(parents=True, exist_ok=True)
         if ext.name.endswith("_cuda"):
             self.build_cuda(target, build_dir)

@@ -133,7 +133,6 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     for name in NAMES:
         if name != chosen:
             reason = refusal(name, kernels, tensor.device, tensor.dtype)
-            lines.append(
-                f"  not {name}: {reason or ('another is forced' if forced else 'slower here; force it with use_backend')}"
-            )
+            served = "another is forced" if forced else "slower here; force it with use_backend"
+            lines.append(f"  not {name}: {reason or served}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Without a GPU, Triton kernels run in the interpreter on CPU tensors; the switch must be set before triton is imported."""
+"""Without a GPU, Triton kernels run in the interpreter on CPU tensors; set before triton is imported."""
 
 import os
 

@@ -6,9 +6,11 @@ _reason = ""
 _capability = ""
 
 try:
-    from fastllm import _C
-except ImportError as error:
-    _reason = f"the C++ extension is not built ({error}); install a C++ compiler and reinstall fastllm"
+    import fastllm._C as _C
+except ModuleNotFoundError:
+    _reason = "the C++ extension is not built"
+except ImportError as error:  # built for another torch or platform, say
+    _reason = f"the C++ extension does not load: {error}"
 else:
     _capability = _C.capability()
 

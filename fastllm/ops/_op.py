@@ -1,7 +1,9 @@
 """How an op is declared: its schema, definition, fake, Triton launcher and gradient, once, beside each other.
 
-    _norm = Op("norm(Tensor x, float eps) -> Tensor", definition, fake=..., triton="norm:forward", save=..., backward=...)
-    _norm_backward = Op("norm_backward(Tensor grad, Tensor x, float eps) -> Tensor", definition_of_it, fake=..., triton=...)
+    _norm = Op("norm(Tensor x, float eps) -> Tensor", definition,
+               fake=..., triton="norm:forward", save=..., backward=...)
+    _norm_backward = Op("norm_backward(Tensor grad, Tensor x, float eps) -> Tensor", definition_of_it,
+                        fake=..., triton="norm:backward")
 
 registers torch.ops.fastllm.norm with PyTorch: the C++ kernel of the extension for CPU tensors, the Triton launcher for
 CUDA tensors, the definition for any other device, a fake for torch.compile and FakeTensor, and autograd. Calling the
@@ -124,7 +126,7 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def vjp(definition: Callable[..., Any], inputs: Sequence[Any], grads: Sequence[Any]) -> tuple[Any, ...]:
-    """Gradients of ``definition(*inputs)`` for output gradients `grads`, one entry per input (None: not differentiable).
+    """Gradients of ``definition(*inputs)`` for output gradients `grads`, one per input (None: not differentiable).
 
     Differentiable itself when gradients are enabled, so that second derivatives exist.
     """

@@ -22,7 +22,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).remov
 
 
 def assert_close_as_eager(ours: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dtype, what: str = "output") -> None:
-    """err(ours) <= 2 err(eager in the same dtype) + atol max(1, max|exact|), errors against fp64; NaN and inf as the fp64 has them."""
+    """err(ours) <= 2 err(eager in the same dtype) + atol max(1, max|exact|), against fp64; NaN and inf as eager."""
     assert ours.shape == exact.shape, f"{what}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
     ours64, eager64, exact = ours.detach().double().cpu(), eager.detach().double().cpu(), exact.detach().cpu()
     finite = exact.isfinite() & eager64.isfinite()

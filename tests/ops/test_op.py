@@ -33,7 +33,7 @@ def test_explain_names_the_backend_and_the_reason():
 def test_a_forced_backend_that_cannot_serve_raises_naming_op_and_reason():
     with fastllm.use_backend("cuda"), pytest.raises(fastllm.BackendError, match=r"rms_norm.*'cuda'.*no CUDA"):
         rms_norm(torch.ones(2, 4))
-    with fastllm.use_backend("cpp"), pytest.raises(fastllm.BackendError, match="not torch.float64"):
+    with fastllm.use_backend("cpp"), pytest.raises(fastllm.BackendError, match=r"not torch\.float64"):
         rms_norm(torch.ones(2, 4, dtype=torch.float64))
     with pytest.raises(ValueError, match="backend must be one of"), fastllm.use_backend("fast"):
         pass

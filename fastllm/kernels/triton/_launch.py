@@ -1,4 +1,4 @@
-"""What the launchers share: block sizes, program counts, and the list of shipped configurations that can be compiled anywhere."""
+"""What the launchers share: block sizes, program counts, and shipped configurations, which compile anywhere."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def warps_for(block: int, elements_per_thread: int = 16) -> int:
 
 
 def program_count(device: torch.device, rows: int, per_processor: int = 4) -> int:
-    """Programs for a kernel that loops over rows and keeps a running sum: enough to fill the chip, never more than rows."""
+    """Programs for a kernel that loops over rows and keeps a running sum: enough to fill the chip, at most rows."""
     if device.type != "cuda":
         return min(rows, 2)
     return min(rows, per_processor * torch.cuda.get_device_properties(device).multi_processor_count)

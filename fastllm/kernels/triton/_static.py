@@ -8,7 +8,8 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import triton
@@ -24,16 +25,46 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# The most shared memory one block may have, in bytes.
+SHARED_LIMITS = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+_LOADS = re.compile(r"\bld\.global|\b(?:global|buffer)_load_")
+_WIDE_LOADS = re.compile(r"\bld\.global\S*\.(?:v4\.[a-z]32|v2\.[a-z]64|v8)|\b(?:global|buffer)_load_dwordx4")
+_MATRIX = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)|\bv_s?mfma_")
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """registers per thread, bytes spilled per thread, shared memory in bytes per block, and the disassembly."""
+    """registers per thread, bytes spilled per thread, shared memory in bytes per block; code is PTX or AMD assembly."""
 
     registers: int
     spilled_bytes: int
     shared_bytes: int
-    assembly: str
+    code: str = field(repr=False)
+    cubin: bytes = field(repr=False, default=b"")
+
+    @property
+    def loads(self) -> int:
+        """Load instructions from global memory."""
+        return len(_LOADS.findall(self.code))
+
+    @property
+    def wide_loads(self) -> int:
+        """Those of `loads` that fetch 16 bytes or more a thread, the width at which memory runs at full speed."""
+        return len(_WIDE_LOADS.findall(self.code))
+
+    @property
+    def matrix_instructions(self) -> int:
+        return len(_MATRIX.findall(self.code))
+
+    @cached_property
+    def assembly(self) -> str:
+        """What the chip executes: SASS or AMD assembly."""
+        if not self.cubin:
+            return self.code
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.cubin)
+            file.flush()
+            return _tool("nvdisasm", "-c", file.name)
 
 
 def shipped() -> Iterator[Configuration]:
@@ -67,21 +98,22 @@ def compile_for(configuration: Configuration, target: str) -> Compiled:
         text = built.asm["amdgcn"]
         return Compiled(
             registers=_number(r"\.vgpr_count:\s+(\d+)", text),
-            spilled_bytes=4 * (_number(r"\.vgpr_spill_count:\s+(\d+)", text) + _number(r"\.sgpr_spill_count:\s+(\d+)", text)),
+            spilled_bytes=4
+            * (_number(r"\.vgpr_spill_count:\s+(\d+)", text) + _number(r"\.sgpr_spill_count:\s+(\d+)", text)),
             shared_bytes=built.metadata.shared,
-            assembly=text,
+            code=text,
         )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        sass = _tool("nvdisasm", "-c", file.name)
     # Local memory that the stack frame does not explain is spill; a kernel without arrays has no frame of its own.
     return Compiled(
         registers=_number(r"REG:(\d+)", usage),
         spilled_bytes=_number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage),
         shared_bytes=built.metadata.shared,
-        assembly=sass,
+        code=built.asm["ptx"],
+        cubin=built.asm["cubin"],
     )
 
 
