@@ -1,7 +1,8 @@
 """The kernels as functions, for scripts that patch nothing. All are differentiable and registered with PyTorch."""
 
 from fastllm.ops.cross_entropy import cross_entropy
+from fastllm.ops.glu import geglu, swiglu
 from fastllm.ops.rms_norm import rms_norm
 from fastllm.ops.token_logprobs import token_logprobs
 
-__all__ = ["cross_entropy", "rms_norm", "token_logprobs"]
+__all__ = ["cross_entropy", "geglu", "rms_norm", "swiglu", "token_logprobs"]
