@@ -136,7 +136,7 @@ def _configuration(name: str) -> Any:
         except ValueError as error:
             raise ConfigError(f"{path} is not JSON: {error}") from None
         model_type = values.get("model_type") if isinstance(values, dict) else None
-        if model_type not in types:
+        if not isinstance(model_type, str) or model_type not in types:
             raise ConfigError(f"{path}: transformers {transformers.__version__} has no model_type {model_type!r}")
         return types[model_type].from_dict(values)
     if name in types:
