@@ -397,7 +397,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor logits, Tensor target, s
     const double divisor = num_items ? *(const float*)to_float(*num_items).const_data_ptr() : items >= 0 ? items : double(kept);
     factor = kept ? 1 / divisor : 0;
   }
-  if (!losses) *(float*)loss.mutable_data_ptr() = float(kept ? summed * factor : 0);
+  if (reduction != none) *(float*)loss.mutable_data_ptr() = float(kept ? summed * factor : 0);
   *(float*)scale.mutable_data_ptr() = float(factor);
   return {loss, stats, scale};
 }
