@@ -51,7 +51,7 @@ namespace fastllm {
 namespace FASTLLM_ISA {
 
 // A row is read a block at a time: its largest value first, then, from the L1 cache, the exponentials against it.
-static constexpr int64_t BLOCK = 2048;
+static constexpr int64_t BLOCK = 1024;
 static constexpr float NONE = -std::numeric_limits<float>::infinity();
 
 // e^d for d <= 0, d >= -104 or NaN; exactly 1 at 0, exactly 0 at -104. 2^r on |r| <= 1/2 to 1.1e-7.
@@ -108,7 +108,7 @@ struct Running {
     }
   }
 
-  // `ahead` bytes past a value lies what the next block will read: fetched while the exponentials keep the core busy.
+  // `ahead` bytes past a value lies what a later block will read: fetched while the exponentials keep the core busy.
   template <class U>
   void add(const U* s, int64_t n, int64_t ahead) {
     Vec highest[4] = {NONE, NONE, NONE, NONE};  // a NaN is dropped here and comes back through the sum
@@ -158,7 +158,7 @@ static void statistics_of_row(const SoftmaxRows& p, const SoftmaxStatistics& out
   if (TOTAL && out.total) r.total[0] = lane0(out.total[row]);
   if (WEIGHTED && out.weighted) r.weighted[0] = lane0(out.weighted[row]);
   if constexpr (PLAIN) {
-    for (int64_t i = 0; i < p.columns; i += BLOCK) r.add(u + i, std::min(BLOCK, p.columns - i), BLOCK * sizeof(T));
+    for (int64_t i = 0; i < p.columns; i += BLOCK) r.add(u + i, std::min(BLOCK, p.columns - i), 2 * BLOCK * sizeof(T));
     if (at >= 0 && at < p.columns) out.target_logit[row] = to_float(u[at]);
   } else {
     const Chain chain(p);
