@@ -46,29 +46,44 @@ struct SoftmaxGradient {
 
 #ifdef FASTLLM_ISA
 #include <algorithm>
+#include <type_traits>
 
 namespace fastllm {
 namespace FASTLLM_ISA {
 
 // A row is read a block at a time: its largest value first, then, from the L1 cache, the exponentials against it.
-static constexpr int64_t BLOCK = 2048;
+static constexpr int64_t BLOCK = 1024;
 static constexpr float NONE = -std::numeric_limits<float>::infinity();
 
 // e^d for d <= 0, d >= -104 or NaN; exactly 1 at 0, exactly 0 at -104. 2^r on |r| <= 1/2 to 1.1e-7.
 inline Vec exp_below_zero(Vec d) {
-  const Vec log2e = 1.44269504088896341f;
-  const Vec n = round(d * log2e);
-  const Vec r = fma(d, log2e, Vec(0.f) - n);
-  Vec p = 0.001326472731307149f;
+  const Vec n = round(d * Vec(1.44269504088896341f));
+  const Vec r = fma(d, Vec(-1.44269504088896341f), n);  // minus the remainder: the odd coefficients below are negated
+  Vec p = -0.001326472731307149f;
   p = fma(p, r, Vec(0.009671512991189957f));
-  p = fma(p, r, Vec(0.05550733581185341f));
+  p = fma(p, r, Vec(-0.05550733581185341f));
   p = fma(p, r, Vec(0.24022242426872253f));
-  p = fma(p, r, Vec(0.6931470036506653f));
+  p = fma(p, r, Vec(-0.6931470036506653f));
   p = fma(p, r, Vec(1.f));
   return scale_by_power_of_two(p, n);
 }
 // s - top, no lower than where the exponential vanishes: exp(-inf) (-inf) then counts as 0, as in the limit. NaN stays.
 inline Vec below(Vec s, Vec top) { return max(Vec(-104.f), s - top); }
+
+// 2 W neighbouring values in whatever order is cheapest: a sum or a maximum does not mind.
+template <class T>
+inline void load_two(const T* p, Vec* v) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, bf16>) {  // one load; a bf16 in the upper half of 32 bits is that float once the rest is 0
+    const __m512i pairs = _mm512_loadu_si512(p);
+    v[0] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    v[1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))));
+    return;
+  }
+#endif
+  v[0] = Vec::load(p);
+  v[1] = Vec::load(p + Vec::W);
+}
 
 struct Chain {
   const float* bias;
@@ -108,13 +123,18 @@ struct Running {
     }
   }
 
-  // `ahead` bytes past a value lies what the next block will read: fetched while the exponentials keep the core busy.
+  // `ahead` bytes past a value lies what a later block will read: fetched while the exponentials keep the core busy.
   template <class U>
   void add(const U* s, int64_t n, int64_t ahead) {
     Vec highest[4] = {NONE, NONE, NONE, NONE};  // a NaN is dropped here and comes back through the sum
     int64_t i = 0;
     for (; i + 4 * Vec::W <= n; i += 4 * Vec::W) {
-      for (int k = 0; k < 4; ++k) highest[k] = max(Vec::load(s + i + k * Vec::W), highest[k]);
+      for (int k = 0; k < 4; k += 2) {
+        Vec v[2];
+        load_two(s + i + k * Vec::W, v);
+        highest[k] = max(v[0], highest[k]);
+        highest[k + 1] = max(v[1], highest[k + 1]);
+      }
     }
     for_each_vector(n - i, [&](int64_t j, int lanes) {
       highest[0] = max(keep_first(load(s + i + j, lanes), lanes, NONE), highest[0]);
@@ -127,10 +147,13 @@ struct Running {
       for (int64_t b = 0; b < int64_t(4 * Vec::W * sizeof(U)); b += 64) {
         __builtin_prefetch((const char*)(s + i) + ahead + b);
       }
+      Vec v[4];
+      load_two(s + i, v);
+      load_two(s + i + 2 * Vec::W, v + 2);
       for (int k = 0; k < 4; ++k) {
-        const Vec v = Vec::load(s + i + k * Vec::W), d = below(v, base), e = exp_below_zero(d);
+        const Vec d = below(v[k], base), e = exp_below_zero(d);
         sum[k] += e;
-        if (TOTAL) total[k] += v;
+        if (TOTAL) total[k] += v[k];
         if (WEIGHTED) weighted[k] = fma(e, d, weighted[k]);
       }
     }
@@ -158,7 +181,7 @@ static void statistics_of_row(const SoftmaxRows& p, const SoftmaxStatistics& out
   if (TOTAL && out.total) r.total[0] = lane0(out.total[row]);
   if (WEIGHTED && out.weighted) r.weighted[0] = lane0(out.weighted[row]);
   if constexpr (PLAIN) {
-    for (int64_t i = 0; i < p.columns; i += BLOCK) r.add(u + i, std::min(BLOCK, p.columns - i), BLOCK * sizeof(T));
+    for (int64_t i = 0; i < p.columns; i += BLOCK) r.add(u + i, std::min(BLOCK, p.columns - i), 2 * BLOCK * sizeof(T));
     if (at >= 0 && at < p.columns) out.target_logit[row] = to_float(u[at]);
   } else {
     const Chain chain(p);
@@ -397,7 +420,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor logits, Tensor target, s
     const double divisor = num_items ? *(const float*)to_float(*num_items).const_data_ptr() : items >= 0 ? items : double(kept);
     factor = kept ? 1 / divisor : 0;
   }
-  if (!losses) *(float*)loss.mutable_data_ptr() = float(kept ? summed * factor : 0);
+  if (reduction != none) *(float*)loss.mutable_data_ptr() = float(kept ? summed * factor : 0);
   *(float*)scale.mutable_data_ptr() = float(factor);
   return {loss, stats, scale};
 }
