@@ -132,6 +132,7 @@ inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a.v, b.v); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }  // a b + c
 inline Vec round(Vec a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec scale_by_power_of_two(Vec a, Vec n) { return _mm512_scalef_ps(a.v, n.v); }  // a 2^n, n whole
+inline Vec swap_pairs(Vec a) { return _mm512_permute_ps(a.v, 0xb1); }  // lanes 1, 0, 3, 2, ...
 // Lanes n.. of a replaced by `fill`.
 inline Vec keep_first(Vec a, int n, float fill) { return _mm512_mask_blend_ps(Vec::first(n), _mm512_set1_ps(fill), a.v); }
 
@@ -215,6 +216,7 @@ inline Vec scale_by_power_of_two(Vec a, Vec n) {  // in two steps, so that 2^n i
   const __m256 y = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), bias), 23));
   return _mm256_mul_ps(_mm256_mul_ps(a.v, x), y);
 }
+inline Vec swap_pairs(Vec a) { return _mm256_permute_ps(a.v, 0xb1); }
 inline Vec keep_first(Vec a, int n, float fill) {
   return _mm256_blendv_ps(_mm256_set1_ps(fill), a.v, _mm256_castsi256_ps(Vec::first(n)));
 }
@@ -249,6 +251,7 @@ inline Vec min(Vec a, Vec b) { FASTLLM_LANES(a.v[i] < b.v[i] ? a.v[i] : b.v[i]) 
 inline Vec fma(Vec a, Vec b, Vec c) { FASTLLM_LANES(a.v[i] * b.v[i] + c.v[i]) }
 inline Vec round(Vec a) { FASTLLM_LANES(std::nearbyint(a.v[i])) }
 inline Vec scale_by_power_of_two(Vec a, Vec n) { FASTLLM_LANES(std::ldexp(a.v[i], int(n.v[i]))) }
+inline Vec swap_pairs(Vec a) { FASTLLM_LANES(a.v[i ^ 1]) }
 inline Vec keep_first(Vec a, int n, float fill) { FASTLLM_LANES(i < n ? a.v[i] : fill) }
 #undef FASTLLM_LANES
 
