@@ -8,7 +8,7 @@ PY := .venv/bin/python
 # Twice quiet: pip prints errors only, not a warning per package index that lacks a package.
 PIP := $(PY) -m pip --disable-pip-version-check --quiet --quiet
 
-.PHONY: help install demo test lint bench sweep clean
+.PHONY: help install demo test lint bench sweep docs clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -32,6 +32,9 @@ bench: install ## each op beside its peers, with the bandwidth limit of this mac
 
 sweep: install ## patch every causal-LM family of the installed transformers and compare it with the unpatched model
 	@$(PY) -m bench sweep $(ARGS)
+
+docs: install ## write docs/ops from the docstrings
+	@$(PY) docs/generate.py
 
 clean: ## remove the environment and everything built
 	rm -rf .venv build dist *.egg-info fastllm/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

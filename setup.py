@@ -104,6 +104,7 @@ class BuildKernels(build_ext):
             "-fvisibility=hidden",
             "-Wall",
             "-Wno-psabi",
+            "-Wno-uninitialized",  # GCC 12 finds undefined-on-purpose values in its own intrinsics headers
             "-Wno-maybe-uninitialized",
             "-fno-math-errno",
         ]

@@ -3,6 +3,7 @@
 from fastllm import backends, ops
 from fastllm.backends import use_backend
 from fastllm.errors import BackendError, CheckpointError, ConfigError, DataError, FastLLMError, PatchError
+from fastllm.patching import PatchReport, patch, patched, unpatch
 
 __version__ = "0.1.0"
 
@@ -13,7 +14,11 @@ __all__ = [
     "DataError",
     "FastLLMError",
     "PatchError",
+    "PatchReport",
     "backends",
     "ops",
+    "patch",
+    "patched",
+    "unpatch",
     "use_backend",
 ]

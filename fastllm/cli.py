@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import sys
-from typing import NoReturn
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
 
 from fastllm import __version__
+from fastllm.errors import ConfigError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -52,6 +57,25 @@ def _parser() -> _Parser:
     )
     doctor.add_argument("--no-measure", action="store_true", help="leave out the two measurements")
     doctor.set_defaults(run=_doctor)
+
+    patch = commands.add_parser(
+        "patch",
+        parents=[shared],
+        help="what fastllm.patch would change in a model, and what it would leave and why",
+        description="Builds the model from its configuration alone, without weights, patches it with verification and "
+        "prints the report. Nothing is written; to train with the patch, call fastllm.patch(model) in your script. "
+        "Exit code 1 when nothing could be patched.",
+    )
+    patch.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a folder with a config.json, such a file, a model type of transformers (llama, qwen3, gemma3_text, ...; "
+        "its default sizes are taken) or ORGANISATION/NAME on the Hugging Face Hub (only the configuration is fetched)",
+    )
+    patch.add_argument("--dry-run", action="store_true", help="required: this command only ever looks")
+    patch.add_argument("--ops", nargs="+", metavar="OP", help="only these ops; default: all")
+    patch.add_argument("--exclude", nargs="+", metavar="OP|GLOB", default=(), help="ops or module paths to leave alone")
+    patch.set_defaults(run=_patch)
     return parser
 
 
@@ -61,6 +85,80 @@ def _doctor(arguments: argparse.Namespace) -> int:
     report = doctor.collect(measure=not arguments.no_measure)
     print(json.dumps(report, indent=2) if arguments.json else doctor.render(report))
     return 0
+
+
+def _patch(arguments: argparse.Namespace) -> int:
+    if not arguments.dry_run:
+        print(
+            "fastllm patch: error: fastllm.patch(model) patches, in Python; with --dry-run this shows what it would do",
+            file=sys.stderr,
+        )
+        return 2
+    import fastllm
+
+    model = _without_weights(_configuration(arguments.model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # "changed nothing": said below
+        report = fastllm.patch(model, arguments.ops or "auto", exclude=arguments.exclude)
+    parameters = sum(p.numel() for p in model.parameters())
+    if arguments.json:
+        found = {
+            "model": report.model,
+            "parameters": parameters,
+            "counts": report.counts,
+            "patched": [asdict(record) for record in report.patched],
+            "skipped": [asdict(record) for record in report.skipped],
+        }
+        print(json.dumps(found, indent=2))
+    else:
+        print(f"{report.model}, {parameters / 1e6:,.0f} million parameters, built without weights\n\n{report}")
+    if not report.patched:
+        print(f"fastllm patch: error: nothing in {report.model} could be patched", file=sys.stderr)
+    return 0 if report.patched else 1
+
+
+def _configuration(name: str) -> Any:
+    """The transformers configuration behind the MODEL argument."""
+    try:
+        import transformers
+    except ImportError:
+        raise ConfigError("this needs transformers: pip install 'transformers>=5.0'") from None
+    transformers.logging.set_verbosity_error()
+    types = transformers.CONFIG_MAPPING
+    path = Path(name)
+    if path.is_dir():
+        path /= "config.json"
+        if not path.is_file():
+            raise ConfigError(f"the folder {name} has no config.json")
+    if path.is_file():
+        try:
+            values = json.loads(path.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{path} is not JSON: {error}") from None
+        model_type = values.get("model_type") if isinstance(values, dict) else None
+        if not isinstance(model_type, str) or model_type not in types:
+            raise ConfigError(f"{path}: transformers {transformers.__version__} has no model_type {model_type!r}")
+        return types[model_type].from_dict(values)
+    if name in types:
+        return types[name]()
+    if name.count("/") == 1 and not name.startswith((".", "/")):
+        return transformers.AutoConfig.from_pretrained(name)
+    near = difflib.get_close_matches(name, list(types), n=3)
+    raise ConfigError(
+        f"{name!r} is no folder, no file and no model type of transformers {transformers.__version__}"
+        + (f"; did you mean {' or '.join(near)}?" if near else "")
+    )
+
+
+def _without_weights(config: Any) -> Any:
+    """The causal LM of a configuration, else its base model, on the meta device, where any size builds at once."""
+    import torch
+    import transformers
+
+    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+    with torch.device("meta"):
+        return auto.from_config(config)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,84 @@ def test_the_package_works_without_the_extension():
     assert "missing: the C++ extension is not built" in done.stdout
 
 
-@pytest.mark.parametrize("arguments", [(), ("doctor",)])
+TINY = {
+    "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    return tmp_path
+
+
+def test_patch_dry_run_prints_the_report_of_a_folder_a_file_and_a_model_type(capsys, folder):
+    for model in (folder, folder / "config.json", "llama"):
+        code, out, err = run(capsys, "patch", str(model), "--dry-run")
+        assert (code, err) == (0, "")
+        assert out.startswith("LlamaForCausalLM, ")
+        assert "model.layers.{0-" in out
+        for op in ("rms_norm", "rope", "glu", "loss"):
+            assert op in out
+
+
+def test_patch_dry_run_in_json(capsys, folder):
+    code, out, _ = run(capsys, "patch", str(folder), "--dry-run", "--json", "--exclude", "model.layers.0.*")
+    found = json.loads(out)
+    assert code == 0
+    assert found["model"] == "LlamaForCausalLM"
+    assert found["counts"]["rms_norm"] == 5
+    assert ("model.norm", "rms_norm") in [(p["path"], p["op"]) for p in found["patched"]]
+    assert any(s["path"].startswith("model.layers.0.") and s["reason"] == "excluded" for s in found["skipped"])
+
+
+def test_patch_dry_run_with_nothing_to_patch_fails(capsys, folder):
+    code, out, err = run(capsys, "patch", str(folder), "--dry-run", "--ops", "attention")
+    assert code == 1
+    assert "attention" in out
+    assert err == "fastllm patch: error: nothing in LlamaForCausalLM could be patched\n"
+
+
+def test_patch_without_dry_run_points_to_python(capsys):
+    code, out, err = run(capsys, "patch", "llama")
+    assert (code, out) == (2, "")
+    assert "fastllm.patch(model)" in err
+    assert "--dry-run" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "has no config.json"),
+        ("{not json", "is not JSON"),
+        ("[]", "has no model_type None"),
+        ('{"model_type": "no_such_model"}', "has no model_type 'no_such_model'"),
+    ],
+)
+def test_a_bad_model_folder_is_one_line(capsys, tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    code, out, err = run(capsys, "patch", str(tmp_path), "--dry-run")
+    assert (code, out) == (1, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_an_unknown_model_type_gets_a_suggestion(capsys):
+    code, _, err = run(capsys, "patch", "lama", "--dry-run")
+    assert code == 1
+    assert "did you mean llama" in err
+
+
+def test_an_unknown_op_is_named(capsys, folder):
+    code, _, err = run(capsys, "patch", str(folder), "--dry-run", "--ops", "nothing")
+    assert code == 1
+    assert "'nothing'" in err
+
+
+@pytest.mark.parametrize("arguments", [(), ("doctor",), ("patch",)])
 def test_help_is_there_for_every_command(capsys, arguments):
     code, out, _ = run(capsys, *arguments, "-h")
     assert code == 0
@@ -87,6 +164,7 @@ def test_version(capsys):
         ((), "fastllm: error: the following arguments are required: COMMAND"),
         (("nothing",), "invalid choice: 'nothing'"),
         (("doctor", "--wrong"), "unrecognized arguments: --wrong"),
+        (("patch", "--dry-run"), "fastllm patch: error: the following arguments are required: MODEL"),
     ],
 )
 def test_a_wrong_call_is_one_line_on_stderr_and_exit_code_2(capsys, arguments, message):

@@ -136,6 +136,7 @@ inline Vec scale_by_power_of_two(Vec a, Vec n) { return _mm512_scalef_ps(a.v, n.
 inline Vec where_less(Vec a, Vec b, Vec yes, Vec no) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v);
 }
+inline Vec swap_pairs(Vec a) { return _mm512_permute_ps(a.v, 0xb1); }  // lanes 1, 0, 3, 2, ...
 // Lanes n.. of a replaced by `fill`.
 inline Vec keep_first(Vec a, int n, float fill) { return _mm512_mask_blend_ps(Vec::first(n), _mm512_set1_ps(fill), a.v); }
 
@@ -222,6 +223,7 @@ inline Vec scale_by_power_of_two(Vec a, Vec n) {  // in two steps, so that 2^n i
 inline Vec where_less(Vec a, Vec b, Vec yes, Vec no) {
   return _mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ));
 }
+inline Vec swap_pairs(Vec a) { return _mm256_permute_ps(a.v, 0xb1); }
 inline Vec keep_first(Vec a, int n, float fill) {
   return _mm256_blendv_ps(_mm256_set1_ps(fill), a.v, _mm256_castsi256_ps(Vec::first(n)));
 }
@@ -257,6 +259,7 @@ inline Vec fma(Vec a, Vec b, Vec c) { FASTLLM_LANES(a.v[i] * b.v[i] + c.v[i]) }
 inline Vec round(Vec a) { FASTLLM_LANES(std::nearbyint(a.v[i])) }
 inline Vec scale_by_power_of_two(Vec a, Vec n) { FASTLLM_LANES(std::ldexp(a.v[i], int(n.v[i]))) }
 inline Vec where_less(Vec a, Vec b, Vec yes, Vec no) { FASTLLM_LANES(a.v[i] < b.v[i] ? yes.v[i] : no.v[i]) }
+inline Vec swap_pairs(Vec a) { FASTLLM_LANES(a.v[i ^ 1]) }
 inline Vec keep_first(Vec a, int n, float fill) { FASTLLM_LANES(i < n ? a.v[i] : fill) }
 #undef FASTLLM_LANES
 

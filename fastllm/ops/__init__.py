@@ -1,6 +1,10 @@
 """The kernels as functions, for scripts that patch nothing. All are differentiable and registered with PyTorch."""
 
+from fastllm.ops.apply_rope import apply_rope
+from fastllm.ops.cross_entropy import cross_entropy
 from fastllm.ops.glu import geglu, swiglu
 from fastllm.ops.rms_norm import rms_norm
+from fastllm.ops.rope import rope
+from fastllm.ops.token_logprobs import token_logprobs
 
-__all__ = ["geglu", "rms_norm", "swiglu"]
+__all__ = ["apply_rope", "cross_entropy", "geglu", "rms_norm", "rope", "swiglu", "token_logprobs"]

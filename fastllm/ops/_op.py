@@ -74,7 +74,12 @@ class Op:
             name for name, there in (("torch", True), ("cpp", has_cpp), ("triton", triton is not None)) if there
         )
         self.save, self.backward = save or _save_inputs, backward or self._backward_by_definition
-        torch.library.register_autograd(f"fastllm::{self.name}", self.backward, setup_context=self.save, lib=LIBRARY)
+        # An op that writes over its input serves inside other ops, below autograd, and has no gradient of its own.
+        self.mutates = self.torch_op._schema.is_mutable
+        if not self.mutates:
+            torch.library.register_autograd(
+                f"fastllm::{self.name}", self.backward, setup_context=self.save, lib=LIBRARY
+            )
         PUBLIC.update(dict.fromkeys(public, self))
         if cuda:
             self._define_cuda(schema, fake)
@@ -91,7 +96,7 @@ class Op:
         # Eager calls skip the two crossings between Python and C++ that a gradient registered from Python costs.
         if backends.forced is not None or x.dtype not in backends.KERNEL_DTYPES or x.device.type not in _KERNEL_DEVICES:
             return self._dispatch(x, *args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(x, *args):
+        if torch.is_grad_enabled() and not self.mutates and torch._C._any_requires_grad(x, *args):
             return _Eager.apply(self, self.torch_op, x, *args)
         with torch._C._AutoDispatchBelowAutograd():
             return self.torch_op(x, *args)
@@ -101,7 +106,7 @@ class Op:
         if backend == "torch":
             return self.definition(x, *args)
         if backend == "triton" and x.device.type == "cpu":
-            return _Eager.apply(self, self.launch, x, *args)
+            return self.launch(x, *args) if self.mutates else _Eager.apply(self, self.launch, x, *args)
         return self.cuda_op(x, *args) if backend == "cuda" else self.torch_op(x, *args)
 
     def _define_cuda(self, schema: str, fake: Callable[..., Any]) -> None:

@@ -1,0 +1,6 @@
+"""Patching: kernels put into one model instance, proven on it, reported, and undone to the last bit."""
+
+from fastllm.patching.patch import patch, patched, unpatch
+from fastllm.patching.report import PatchReport
+
+__all__ = ["PatchReport", "patch", "patched", "unpatch"]

@@ -1,0 +1,173 @@
+"""patch, unpatch, patched: find, replace, verify, report."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastllm import backends
+from fastllm.errors import PatchError
+from fastllm.ops import _op
+from fastllm.patching.replacement import Replacement, install, remove, replaced_by
+from fastllm.patching.report import Patched, PatchReport, Skipped
+from fastllm.patching.rules import Found
+
+# op name -> its rule in fastllm.patching.rules, in the order they are applied
+RULES = {"rms_norm": "rms_norm", "rope": "rope", "glu": "glu", "loss": "loss"}
+OPS = (*RULES, "attention")  # the names a user may ask for
+
+
+def patch(
+    model: nn.Module,
+    ops: str | Iterable[str] = "auto",
+    *,
+    exclude: Iterable[str] = (),
+    strict: bool = False,
+    verify: bool = True,
+) -> PatchReport:
+    """Puts fastllm's kernels into this model instance.
+
+    Acts on the instance alone: classes, module globals, other instances and torch stay as they are; state_dict,
+    config, save_pretrained, deepcopy, pickling, PEFT, checkpointing, device moves, ZeRO and torch.compile keep
+    working. Patching a patched model adds what is missing. ``unpatch`` undoes it to the last bit.
+
+    Args:
+        model: a Transformers model, or a wrapper around one (PEFT, DeepSpeed, DDP), or any module with such parts.
+        ops: "auto" for every op there is a rule for, one name, or several, of "rms_norm", "rope", "glu", "loss",
+            "attention".
+        exclude: op names to leave out, and globs of module paths to leave alone ("model.layers.0.*", "*.q_norm").
+        strict: raise, and leave the model as it was, unless every requested op was applied somewhere.
+        verify: run every replaced kind of module once against its original, forward and backward, in fp32 and in the
+            model's dtype; put back what disagrees.
+
+    Returns:
+        PatchReport: what runs on a kernel now, what was left and why. Nothing is skipped silently.
+
+    Raises:
+        ValueError: an unknown op. TypeError: model is not a module.
+        PatchError: with ``strict``, naming each requested op that could not be applied.
+
+    Warns:
+        UserWarning: when nothing could be patched.
+
+    In a training step with labels, ``outputs.logits`` of a patched causal LM is computed when it is first used.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    asked = _requested(ops)
+    excluded = [exclude] if isinstance(exclude, str) else list(exclude)
+    for name in excluded:
+        if not isinstance(name, str):
+            raise TypeError(f"exclude holds op names and path globs as strings, got {name!r}")
+    wanted = [op for op in asked if op not in excluded]
+    globs = [e for e in excluded if e not in OPS]
+
+    report = PatchReport(type(model).__name__)
+    installed: list[Found] = []
+    for op in wanted:
+        if op not in RULES:
+            report.skipped.append(Skipped("", op, "fastllm has no rule for it yet"))
+            continue
+        rule = importlib.import_module(f"fastllm.patching.rules.{RULES[op]}")
+        any_found = False
+        verdicts: dict[Any, str] = {}
+        for found in rule.find(model):
+            if any(fnmatch.fnmatchcase(found.path, glob) for glob in globs):
+                report.skipped.append(Skipped(found.path, op, "excluded"))
+                any_found = True
+                continue
+            if isinstance(found, Skipped):
+                report.skipped.append(found)
+                continue
+            any_found = True
+            if found.slot not in _slots_of(found.module):
+                if verify:
+                    if found.kind not in verdicts:
+                        verdicts[found.kind] = _verify(rule, found, model)
+                    if verdicts[found.kind]:
+                        report.skipped.append(Skipped(found.path, op, f"verification: {verdicts[found.kind]}"))
+                        continue
+                install(RULES[op], found.module, found.slot, found.settings)
+                installed.append(found)
+            if not found.auxiliary:
+                report.patched.append(Patched(found.path, op, _backend(rule, found.module)))
+        if not any_found and not any(s.op == op for s in report.skipped):
+            report.skipped.append(Skipped("", op, "no module of this model has it"))
+
+    missing = [op for op in wanted if op not in report.counts]
+    if strict and missing:
+        for found in installed:
+            remove(found.module)
+        reasons = "; ".join(f"{op} ({_reasons(report, op)})" for op in missing)
+        raise PatchError(f"{type(model).__name__}: could not apply {reasons}")
+    if not report.patched:
+        warnings.warn(
+            f"fastllm.patch changed nothing in {type(model).__name__}: "
+            + "; ".join(f"{op}: {_reasons(report, op)}" for op in wanted),
+            stacklevel=2,
+        )
+    return report
+
+
+def unpatch(model: nn.Module) -> None:
+    """Undoes ``patch``: the model computes what it did before, bit for bit, and carries no trace of the patch."""
+    for module in model.modules():
+        remove(module)
+
+
+@contextmanager
+def patched(model: nn.Module, ops: str | Iterable[str] = "auto", **options: Any) -> Iterator[PatchReport]:
+    """``with fastllm.patched(model) as report:`` patches for the block only; a part patched before stays patched."""
+    before = {module: replaced_by(module) for module in model.modules()}
+    report = patch(model, ops, **options)
+    try:
+        yield report
+    finally:
+        for module in model.modules():
+            for rule in replaced_by(module) - before.get(module, set()):
+                remove(module, rule)
+
+
+def _requested(ops: str | Iterable[str]) -> list[str]:
+    if isinstance(ops, str):
+        ops = list(RULES) if ops == "auto" else [ops]
+    asked = list(dict.fromkeys(ops))
+    for op in asked:
+        if op not in OPS:
+            raise ValueError(f"ops must be 'auto' or any of {', '.join(map(repr, OPS))}, got {op!r}")
+    return asked
+
+
+def _verify(rule: Any, found: Found, model: nn.Module) -> str:
+    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    for dtype in dict.fromkeys((torch.float32, own if own in backends.KERNEL_DTYPES else torch.float32)):
+        try:
+            problem = rule.verify(found, dtype)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        if problem:
+            return f"{problem} ({str(dtype).removeprefix('torch.')})"
+    return ""
+
+
+def _slots_of(module: nn.Module) -> set[str]:
+    return {name for name, value in module.__dict__.items() if isinstance(value, Replacement)}
+
+
+def _backend(rule: Any, module: nn.Module) -> str:
+    parameter = next(iter(module.parameters()), None)
+    device = parameter.device if parameter is not None else torch.device("cpu")
+    dtype = parameter.dtype if parameter is not None else torch.float32
+    op = _op.PUBLIC[getattr(rule, "KERNEL", rule.OP)]
+    return "chosen when the weights have a device" if device.type == "meta" else backends.select(op.name, op.kernels, device, dtype)
+
+
+def _reasons(report: PatchReport, op: str) -> str:
+    return ", ".join(dict.fromkeys(s.reason for s in report.skipped if s.op == op)) or "nothing of the kind found"
