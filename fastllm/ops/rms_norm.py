@@ -92,6 +92,7 @@ _rms_norm = Op(
     _definition,
     fake=_fake,
     triton="rms_norm:forward",
+    cuda=True,
     save=_save,
     backward=_backward,
     public=["rms_norm"],
@@ -102,4 +103,5 @@ _rms_norm_backward = Op(
     _backward_definition,
     fake=_backward_fake,
     triton="rms_norm:backward",
+    cuda=True,
 )
