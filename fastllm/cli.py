@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastllm import __version__
-from fastllm.errors import ConfigError
+from fastllm.errors import ConfigError, FastLLMError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,8 +32,10 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
-        first_line = (str(error).splitlines() or [""])[0]
-        print(f"fastllm {arguments.command}: error: {first_line or type(error).__name__}", file=sys.stderr)
+        said = (str(error).strip().splitlines() or [""])[0]
+        if not said or not isinstance(error, (FastLLMError, ValueError, TypeError, OSError)):
+            said = f"{type(error).__name__}: {said} (--debug shows where)"  # not an error meant for a user
+        print(f"fastllm {arguments.command}: error: {said}", file=sys.stderr)
         return 1
 
 

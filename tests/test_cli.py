@@ -176,10 +176,14 @@ def test_a_wrong_call_is_one_line_on_stderr_and_exit_code_2(capsys, arguments, m
 
 def test_a_failure_is_one_line_and_debug_shows_the_traceback(capsys, monkeypatch):
     def fail(**_):
-        raise RuntimeError("the machine is on fire\nand more")
+        raise error("the machine is on fire\nand more")
 
     monkeypatch.setattr(doctor, "collect", fail)
+    error = fastllm.ConfigError
     assert run(capsys, "doctor") == (1, "", "fastllm doctor: error: the machine is on fire\n")
+    error = RuntimeError
+    unexpected = "fastllm doctor: error: RuntimeError: the machine is on fire (--debug shows where)\n"
+    assert run(capsys, "doctor") == (1, "", unexpected)
     with pytest.raises(RuntimeError, match="on fire"):
         cli.main(["doctor", "--debug"])
 
