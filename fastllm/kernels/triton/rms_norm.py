@@ -83,7 +83,9 @@ def _backward_kernel(
                 if HAS_WEIGHT:  # this program's own row of partial sums, zeroed by the launcher
                     sums = tl.load(partial_ptr + start + columns, mask=inside, other=0.0)
                     tl.store(partial_ptr + start + columns, sums + product, mask=inside)
-                    product *= tl.load(weight_ptr + start + columns, mask=inside, other=0.0).to(tl.float32) + weight_offset
+                    product *= (
+                        tl.load(weight_ptr + start + columns, mask=inside, other=0.0).to(tl.float32) + weight_offset
+                    )
                 dot += product
             mean = tl.sum(dot, 0) / channels
             for start in range(0, channels, BLOCK):
@@ -140,7 +142,14 @@ def configurations() -> list[Configuration]:
             found.append(
                 Configuration(
                     _forward_kernel,
-                    {**common, "y_ptr": t, "rstd_ptr": "*fp32", "channels": "i32:16", "eps": "fp32", "weight_offset": "fp32"},
+                    {
+                        **common,
+                        "y_ptr": t,
+                        "rstd_ptr": "*fp32",
+                        "channels": "i32:16",
+                        "eps": "fp32",
+                        "weight_offset": "fp32",
+                    },
                     constants,
                     num_warps=warps_for(block),
                     label=f"rms_norm forward {t[1:]} C={channels}",
@@ -150,12 +159,18 @@ def configurations() -> list[Configuration]:
                 Configuration(
                     _backward_kernel,
                     {
-                        "grad_y_ptr": t, **common, "rstd_ptr": "*fp32", "grad_x_ptr": t, "partial_ptr": "*fp32",
-                        "rows": "i32", "channels": "i32:16", "weight_offset": "fp32",
+                        "grad_y_ptr": t,
+                        **common,
+                        "rstd_ptr": "*fp32",
+                        "grad_x_ptr": t,
+                        "partial_ptr": "*fp32",
+                        "rows": "i32",
+                        "channels": "i32:16",
+                        "weight_offset": "fp32",
                     },
                     constants,
                     num_warps=warps_for(block, 8),
                     label=f"rms_norm backward {t[1:]} C={channels}",
-                )  # fmt: skip
+                )
             )
     return found
