@@ -1,4 +1,4 @@
-"""Rotary position embedding with angles computed inside the kernel, right at any position (arXiv 2104.09864, eq. 34)."""
+"""Rotary embedding with angles computed inside the kernel, right at any position (arXiv 2104.09864, eq. 34)."""
 
 from __future__ import annotations
 
