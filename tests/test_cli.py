@@ -188,6 +188,14 @@ def test_a_failure_is_one_line_and_debug_shows_the_traceback(capsys, monkeypatch
         cli.main(["doctor", "--debug"])
 
 
+def test_a_reader_that_stops_early_is_no_error_to_speak_of():
+    doctor = [sys.executable, "-m", "fastllm.cli", "doctor", "--no-measure"]
+    writer = subprocess.Popen(doctor, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    writer.stdout.close()
+    assert writer.stderr.read() == ""
+    assert writer.wait() == 1
+
+
 def test_the_module_runs_as_a_program():
     done = subprocess.run([sys.executable, "-m", "fastllm.cli", "doctor", "-x"], capture_output=True, text=True)
     assert done.returncode == 2
