@@ -3,8 +3,10 @@
 from fastllm.ops.apply_rope import apply_rope
 from fastllm.ops.cross_entropy import cross_entropy
 from fastllm.ops.glu import geglu, swiglu
+from fastllm.ops.linear_cross_entropy import linear_cross_entropy
+from fastllm.ops.linear_token_logprobs import linear_token_logprobs
 from fastllm.ops.rms_norm import rms_norm
 from fastllm.ops.rope import rope
 from fastllm.ops.token_logprobs import token_logprobs
 
-__all__ = ["apply_rope", "cross_entropy", "geglu", "rms_norm", "rope", "swiglu", "token_logprobs"]
+__all__ = ["apply_rope", "cross_entropy", "geglu", "linear_cross_entropy", "linear_token_logprobs", "rms_norm", "rope", "swiglu", "token_logprobs"]

@@ -38,6 +38,8 @@ class Op:
         definition: the same computation in plain PyTorch, returning as many tensors as the schema says.
         fake: shapes, dtypes and strides of the outputs, as ``torch.library.register_fake`` wants it.
         triton: ``"file:function"`` under ``fastllm.kernels.triton``, imported at first use; None: no Triton kernel.
+        composed: instead of kernels of its own, a Python function that calls torch and other Ops; it serves wherever
+            their kernels do, and runs below autograd.
         save, backward: the gradient, ``save(ctx, inputs, output)`` and ``backward(ctx, *grads)`` as in
             ``torch.library.register_autograd``. Without them the gradient is the definition's, which for a backward
             op is what makes a gradient of a gradient right.
@@ -51,6 +53,7 @@ class Op:
         *,
         fake: Callable[..., Any],
         triton: str | None = None,
+        composed: Callable[..., Any] | None = None,
         save: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
         public: Sequence[str] = (),
@@ -58,10 +61,12 @@ class Op:
         self.name = schema.split("(", 1)[0]
         self.definition = definition
         self._triton = triton
-        self._launcher: Callable[..., Any] | None = None
+        self._launcher = composed
         LIBRARY.define(schema, tags=_TAGS)
         LIBRARY.impl(self.name, definition, "CompositeExplicitAutograd")
-        if triton is not None:
+        if composed is not None:
+            LIBRARY.impl(self.name, composed, "CPU")
+        if triton is not None or composed is not None:
             LIBRARY.impl(self.name, self.launch, "CUDA")
         torch.library.register_fake(f"fastllm::{self.name}", fake, lib=LIBRARY)
         self.torch_op = getattr(torch.ops.fastllm, self.name).default
@@ -69,7 +74,7 @@ class Op:
             f"fastllm::{self.name}", "CPU"
         )
         self.kernels = frozenset(
-            name for name, there in (("torch", True), ("cpp", has_cpp), ("triton", triton is not None)) if there
+            name for name, there in (("torch", True), ("cpp", has_cpp), ("triton", triton is not None or composed is not None)) if there
         )
         self.save, self.backward = save or _save_inputs, backward or self._backward_by_definition
         # An op that writes over its input serves inside other ops, below autograd, and has no gradient of its own.

@@ -67,7 +67,7 @@ def cross_entropy(
     if num_items is not None:
         if reduction != "mean":
             raise ValueError(f"num_items replaces the divisor of reduction='mean', got reduction={reduction!r}")
-        num_items, items = _items(num_items, logits.device)
+        num_items, items = items_argument(num_items, logits.device)
     if len(shape) != 1:
         logits, target = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
     loss = _softmax_rows.call_checked(
@@ -77,7 +77,7 @@ def cross_entropy(
     return loss.view(shape) if reduction == "none" and len(shape) != 1 else loss
 
 
-def _items(num_items: Any, device: torch.device) -> tuple[Tensor | None, float]:
+def items_argument(num_items: Any, device: torch.device) -> tuple[Tensor | None, float]:
     """num_items as the op takes it: a tensor, or a number with None in the tensor's place."""
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1:
@@ -87,7 +87,7 @@ def _items(num_items: Any, device: torch.device) -> tuple[Tensor | None, float]:
     return None, float(num_items)
 
 
-def _row_losses(
+def row_losses(
     logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float
 ) -> Tensor:
     ignored = target == ignore_index
@@ -101,7 +101,7 @@ def _row_losses(
     return loss.masked_fill(ignored, 0.0)
 
 
-def _reduce(losses: Tensor, scale: Tensor, reduction: int) -> Tensor:
+def reduce_losses(losses: Tensor, scale: Tensor, reduction: int) -> Tensor:
     return losses if REDUCTIONS[reduction] == "none" else losses.sum() * scale
 
 
@@ -109,13 +109,13 @@ def _definition(
     logits: Tensor, target: Tensor, num_items: Tensor | None, items: float, ignore_index: int, label_smoothing: float,
     z_loss: float, softcap: float, reduction: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    losses = _row_losses(logits, target, ignore_index, label_smoothing, z_loss, softcap)
+    losses = row_losses(logits, target, ignore_index, label_smoothing, z_loss, softcap)
     scale = losses.new_ones(())
     if REDUCTIONS[reduction] == "mean":
         divisor = items if num_items is None and items >= 0 else num_items
         scale = 1 / _softmax_rows.divisor(target, ignore_index, divisor, losses.dtype)
     stats = losses.new_zeros(5, losses.shape[0])  # the kernels' business: the definition's gradient does without
-    return _reduce(losses, scale, reduction), stats, scale
+    return reduce_losses(losses, scale, reduction), stats, scale
 
 
 def _fake(
@@ -132,7 +132,7 @@ def _backward_definition(
     label_smoothing: float, z_loss: float, softcap: float, reduction: int,
 ) -> Tensor:  # fmt: skip
     def loss(logits: Tensor) -> Tensor:
-        return _reduce(_row_losses(logits, target, ignore_index, label_smoothing, z_loss, softcap), scale, reduction)
+        return reduce_losses(row_losses(logits, target, ignore_index, label_smoothing, z_loss, softcap), scale, reduction)
 
     (grad_logits,) = vjp(loss, (logits,), (grad_loss,))
     assert grad_logits is not None
