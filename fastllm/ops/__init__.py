@@ -9,4 +9,14 @@ from fastllm.ops.rms_norm import rms_norm
 from fastllm.ops.rope import rope
 from fastllm.ops.token_logprobs import token_logprobs
 
-__all__ = ["apply_rope", "cross_entropy", "geglu", "linear_cross_entropy", "linear_token_logprobs", "rms_norm", "rope", "swiglu", "token_logprobs"]
+__all__ = [
+    "apply_rope",
+    "cross_entropy",
+    "geglu",
+    "linear_cross_entropy",
+    "linear_token_logprobs",
+    "rms_norm",
+    "rope",
+    "swiglu",
+    "token_logprobs",
+]
