@@ -19,8 +19,9 @@ install: .venv/.installed fastllm/_C.abi3.so ## the environment in .venv and the
 demo: install ## the main job: train a small Llama on real text, unpatched and patched, and print the comparison
 	@$(PY) -m bench demo $(ARGS)
 
+# A worker per core, and threads that sleep while they wait: spinning ones would take the cores from the other workers.
 test: install ## every test
-	@$(PY) -m pytest $(ARGS)
+	@OMP_WAIT_POLICY=passive $(PY) -m pytest --numprocesses auto --maxprocesses 8 $(ARGS)
 
 lint: install ## ruff and mypy
 	@.venv/bin/ruff check

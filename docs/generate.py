@@ -120,7 +120,9 @@ def kernels(name: str) -> dict[str, str]:
         for source in sorted((ROOT / "csrc" / folder).glob("*.c*")):
             if f'm.impl("{op.name}"' in source.read_text(encoding="utf-8"):
                 found[backend] = f"[csrc/{folder}/{source.name}](../../csrc/{folder}/{source.name})"
-    if "triton" in op.kernels:
+    if op._triton is None and "triton" in op.kernels:
+        return found | dict.fromkeys(("cpp", "triton"), "matrix products of torch around kernels of the other ops")
+    if op._triton is not None:
         file = f"fastllm/kernels/triton/{op._triton.split(':')[0]}.py"
         found["triton"] = f"[{file}](../../{file})"
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import sys
 import warnings
 from dataclasses import asdict
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastllm import __version__
-from fastllm.errors import ConfigError
+from fastllm.errors import ConfigError, FastLLMError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -26,14 +27,21 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 success, 1 it failed, 2 it was called wrongly."""
     arguments = _parser().parse_args(argv)
     try:
-        return arguments.run(arguments)
+        code = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader, `head` say, has read enough; nothing more can be said, at exit neither
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as error:
         if arguments.debug:
             raise
-        first_line = (str(error).splitlines() or [""])[0]
-        print(f"fastllm {arguments.command}: error: {first_line or type(error).__name__}", file=sys.stderr)
+        said = (str(error).strip().splitlines() or [""])[0]
+        if not said or not isinstance(error, (FastLLMError, ValueError, TypeError, OSError)):
+            said = f"{type(error).__name__}: {said} (--debug shows where)"  # not an error meant for a user
+        print(f"fastllm {arguments.command}: error: {said}", file=sys.stderr)
         return 1
 
 

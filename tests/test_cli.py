@@ -176,12 +176,24 @@ def test_a_wrong_call_is_one_line_on_stderr_and_exit_code_2(capsys, arguments, m
 
 def test_a_failure_is_one_line_and_debug_shows_the_traceback(capsys, monkeypatch):
     def fail(**_):
-        raise RuntimeError("the machine is on fire\nand more")
+        raise error("the machine is on fire\nand more")
 
     monkeypatch.setattr(doctor, "collect", fail)
+    error = fastllm.ConfigError
     assert run(capsys, "doctor") == (1, "", "fastllm doctor: error: the machine is on fire\n")
+    error = RuntimeError
+    unexpected = "fastllm doctor: error: RuntimeError: the machine is on fire (--debug shows where)\n"
+    assert run(capsys, "doctor") == (1, "", unexpected)
     with pytest.raises(RuntimeError, match="on fire"):
         cli.main(["doctor", "--debug"])
+
+
+def test_a_reader_that_stops_early_is_no_error_to_speak_of():
+    doctor = [sys.executable, "-m", "fastllm.cli", "doctor", "--no-measure"]
+    writer = subprocess.Popen(doctor, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    writer.stdout.close()
+    assert writer.stderr.read() == ""
+    assert writer.wait() == 1
 
 
 def test_the_module_runs_as_a_program():

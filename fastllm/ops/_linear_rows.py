@@ -1,8 +1,9 @@
 """The loop under the fused linear losses: logits of a few tokens and classes at a time, their softmax statistics, their
 gradient written over them, and the matrix products that need it. The logits of all tokens never exist at once.
 
-Tokens are the outer loop, classes the inner one. Where statistics and gradient come in one sweep the logits of a chunk of
-tokens stay (three products in all); where the statistics are known beforehand each block is made again and used at once.
+Tokens are the outer loop, classes the inner one. Where statistics and gradient come in one sweep the logits of a chunk
+of tokens stay (three products in all); where the statistics are known beforehand each block is made again and used at
+once.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fastllm.ops import _check, _softmax_rows
 
-# Bytes of logits held at once. Fewer, larger chunks add up the weight gradient fewer times; more would be logits stored whole.
+# Bytes of logits held at once. Larger chunks add up the weight gradient fewer times; the largest are logits whole.
 BUFFER_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 # Classes per product on the CPU: its blocked matrix product is fastest when a block of the weight stays in cache. A GPU
 # takes them all in one.
@@ -66,7 +67,9 @@ def sweep(
         retain = stats is None and any(wanted)
         step = min(classes, CPU_CLASSES) if hidden.device.type == "cpu" else classes
         blocks = [(first, min(first + step, classes)) for first in range(0, classes, max(step, 1))]
-        at_once = BUFFER_BYTES.get(hidden.device.type, 64 << 20) // ((classes if retain else step) * hidden.element_size() or 1)
+        at_once = BUFFER_BYTES.get(hidden.device.type, 64 << 20) // (
+            (classes if retain else step) * hidden.element_size() or 1
+        )
         count = max(1, -(-tokens // max(1, at_once)))  # chunks, of nearly equal size
         size = -(-tokens // count)
         buffer = hidden.new_empty(size * (classes if retain else step))
@@ -90,7 +93,8 @@ def sweep(
                 if stats is None:
                     _logits_into(block, h, weight, bias, first, last)
                     part = _softmax_rows.statistics(
-                        block, t, None, part, first, rows.ignore_index, rows.logit_scale, rows.softcap, rows.temperature,
+                        block, t, None, part, first, rows.ignore_index, rows.logit_scale, rows.softcap,
+                        rows.temperature,
                         rows.label_smoothing > 0, rows.with_entropy,
                     )  # fmt: skip
             if part is not None:
@@ -169,7 +173,9 @@ def check_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple
     _check.is_floating("weight", weight)
     _check.has_rank_of_at_least("hidden", hidden, 1)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(f"weight must have shape (V, {hidden.shape[-1]}) (the last dimension of hidden), got {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight must have shape (V, {hidden.shape[-1]}) (the last dimension of hidden), got {tuple(weight.shape)}"
+        )
     _check.same_device("weight", weight, "hidden", hidden)
     if bias is not None:
         _check.is_floating("bias", bias)

@@ -76,7 +76,13 @@ class Op:
             f"fastllm::{self.name}", "CPU"
         )
         self.kernels = frozenset(
-            name for name, there in (("torch", True), ("cpp", has_cpp), ("triton", triton is not None or composed is not None)) if there
+            name
+            for name, there in (
+                ("torch", True),
+                ("cpp", has_cpp),
+                ("triton", triton is not None or composed is not None),
+            )
+            if there
         )
         self.save, self.backward = save or _save_inputs, backward or self._backward_by_definition
         # An op that writes over its input serves inside other ops, below autograd, and has no gradient of its own.

@@ -1,4 +1,4 @@
-"""Rotary position embedding from tables (Su et al., arXiv 2104.09864, eq. 34; Transformers' ``apply_rotary_pos_emb``)."""
+"""Rotary position embedding from tables (arXiv 2104.09864, eq. 34; Transformers' ``apply_rotary_pos_emb``)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fastllm.ops._op import Op
 def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> tuple[Tensor, Tensor]:
     """Rotates the first R of the D dimensions of each head; the others pass through.
 
-    Half-split (GPT-NeoX, Llama): dimension i < R/2 pairs with i + R/2. Interleaved (GPT-J): 2i pairs with 2i + 1. A pair
+    Half-split (GPT-NeoX, Llama): dimension i < R/2 pairs with i + R/2. Interleaved (GPT-J): 2i with 2i + 1. A pair
     (x1, x2) becomes (x1 cos1 - x2 sin1, x2 cos2 + x1 sin2), each element with its own table entry.
 
     Args:
-        q: (B, H, L, D). k: (B, K, L, D). Float32, bfloat16 or float16 (float64: the definition), one dtype; any strides.
+        q: (B, H, L, D). k: (B, K, L, D). float32, bfloat16, float16 (float64: the definition), one dtype; any strides.
         cos, sin: (B or 1, L, R), R even and at most D, one value per rotated dimension in the layout's own order, in
             float32 or any other floating dtype. Constants: where one requires a gradient the definition serves.
 
@@ -26,7 +26,7 @@ def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: b
         The rotated q and k in their dtypes and memory order; computed in fp32 and rounded once.
 
     Raises:
-        TypeError: a tensor is not floating-point. ValueError: shapes, dtypes or devices do not match, or R is odd or > D.
+        TypeError: a tensor is not floating-point. ValueError: shapes, dtypes or devices differ, or R is odd or > D.
     """
     check_heads(q, k)
     for name, table in (("cos", cos), ("sin", sin)):
@@ -34,7 +34,8 @@ def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: b
             _check.is_floating(name, table)
         if table.dim() != 3 or table.shape[1] != q.shape[2] or table.shape[0] not in (1, q.shape[0]):
             raise ValueError(
-                f"{name} must have shape (1 or {q.shape[0]}, {q.shape[2]}, R) for q of shape {tuple(q.shape)}, got {tuple(table.shape)}"
+                f"{name} must have shape (1 or {q.shape[0]}, {q.shape[2]}, R) for q of shape {tuple(q.shape)}, "
+                f"got {tuple(table.shape)}"
             )
         if table.device != q.device:
             _check.same_device(name, table, "q", q)
@@ -103,7 +104,9 @@ def fake_output(x: Tensor) -> Tensor:
     return torch.empty_like(x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous())
 
 
-def _definition(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, transposed: bool) -> tuple[Tensor, Tensor]:
+def _definition(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, transposed: bool
+) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     c, s = (t.to(wide).unsqueeze(1) for t in (cos, sin))
     return rotate(q, c, s, interleaved, transposed), rotate(k, c, s, interleaved, transposed)

@@ -132,7 +132,9 @@ def _backward_definition(
     label_smoothing: float, z_loss: float, softcap: float, reduction: int,
 ) -> Tensor:  # fmt: skip
     def loss(logits: Tensor) -> Tensor:
-        return reduce_losses(row_losses(logits, target, ignore_index, label_smoothing, z_loss, softcap), scale, reduction)
+        return reduce_losses(
+            row_losses(logits, target, ignore_index, label_smoothing, z_loss, softcap), scale, reduction
+        )
 
     (grad_logits,) = vjp(loss, (logits,), (grad_loss,))
     assert grad_logits is not None

@@ -1,4 +1,4 @@
-"""Output head and cross entropy in one op, so that the logits are never stored whole (Wijmans et al., arXiv 2411.09009)."""
+"""Output head and cross entropy in one op, so that logits are never stored whole (Wijmans et al., arXiv 2411.09009)."""
 
 from __future__ import annotations
 
@@ -82,7 +82,9 @@ def _losses(
     return row_losses(z, target, ignore_index, label_smoothing, z_loss, 0.0)
 
 
-def _scale(target: Tensor, ignore_index: int, num_items: Tensor | None, items: float, reduction: int, dtype: torch.dtype) -> Tensor:
+def _scale(
+    target: Tensor, ignore_index: int, num_items: Tensor | None, items: float, reduction: int, dtype: torch.dtype
+) -> Tensor:
     if REDUCTIONS[reduction] != "mean":
         return torch.ones((), dtype=dtype, device=target.device)
     divisor = items if num_items is None and items >= 0 else num_items
@@ -133,12 +135,17 @@ def _fake(
         hidden.new_empty((rows,) if whole else (), dtype=dtype),
         hidden.new_empty((5, rows), dtype=dtype),
         hidden.new_empty((), dtype=dtype),
-        *(hidden.new_empty(s if learn and not whole else (0,), dtype=torch.float32) for s, learn in zip(shapes, learns)),
+        *(
+            hidden.new_empty(s if learn and not whole else (0,), dtype=torch.float32)
+            for s, learn in zip(shapes, learns)
+        ),
     )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, target, bias, _, _, *ctx.how, ctx.reduction, ctx.hidden_grad, ctx.weight_grad, ctx.bias_grad = inputs
+    hidden, weight, target, bias, _, _, *ctx.how, ctx.reduction, ctx.hidden_grad, ctx.weight_grad, ctx.bias_grad = (
+        inputs
+    )
     ctx.save_for_backward(hidden, weight, target, bias, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -164,7 +171,8 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
         else:
             factor = scale * grad_loss
         grad_hidden, grad_weight, grad_bias = (
-            scaled(g, factor, t.dtype) if learn else None for g, t, learn in zip(gradients, (hidden, weight, bias), learns)
+            scaled(g, factor, t.dtype) if learn else None
+            for g, t, learn in zip(gradients, (hidden, weight, bias), learns)
         )
     return grad_hidden, grad_weight, None, grad_bias, *(None,) * 11
 
@@ -192,8 +200,16 @@ def _rows_backward_composed(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rows = Rows(ignore_index, label_smoothing, z_loss, softcap, logit_scale, temperature, grad_entropy is not None)
     _, *gradients = sweep(
-        hidden, weight, target, bias, rows, stats=stats, grad=-grad_logprobs, grad_entropy=grad_entropy, wanted=tuple(learns)
-    )  # type: ignore[arg-type]
+        hidden,
+        weight,
+        target,
+        bias,
+        rows,
+        stats=stats,
+        grad=-grad_logprobs,
+        grad_entropy=grad_entropy,
+        wanted=(learns[0], learns[1], learns[2]),
+    )
     return tuple(gradients)  # type: ignore[return-value]
 
 
@@ -203,9 +219,9 @@ def _rows_backward_fake(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Ten
 
 
 linear_rows_backward = Op(
-    "linear_rows_backward(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor stats, Tensor grad_logprobs,"
-    " Tensor? grad_entropy, int ignore_index, float label_smoothing, float z_loss, float softcap, float logit_scale,"
-    " float temperature, bool hidden_grad, bool weight_grad, bool bias_grad)"
+    "linear_rows_backward(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor stats,"
+    " Tensor grad_logprobs, Tensor? grad_entropy, int ignore_index, float label_smoothing, float z_loss, float softcap,"
+    " float logit_scale, float temperature, bool hidden_grad, bool weight_grad, bool bias_grad)"
     " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
     _rows_backward_definition,
     fake=_rows_backward_fake,

@@ -63,7 +63,14 @@ def linear_token_logprobs(
         _check.in_range("softcap", softcap, 0.0, open_low=True)
     _check.in_range("logit_scale", logit_scale, float("-inf"))
     logprobs, entropy, _ = _linear_token_logprobs(
-        hidden.reshape(-1, hidden.shape[-1]), weight, target.reshape(-1), bias, softcap or 0.0, logit_scale, temperature, with_entropy
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        target.reshape(-1),
+        bias,
+        softcap or 0.0,
+        logit_scale,
+        temperature,
+        with_entropy,
     )
     return (logprobs.view(shape), entropy.view(shape)) if with_entropy else logprobs.view(shape)
 
@@ -74,7 +81,8 @@ def _definition(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if target.device.type == "cpu" and not torch.compiler.is_compiling():
         _softmax_rows.check_range(target, weight.shape[0])
-    logp = _softmax_rows.transform(logits(hidden, weight, bias), None, logit_scale, softcap, temperature).log_softmax(-1)
+    z = _softmax_rows.transform(logits(hidden, weight, bias), None, logit_scale, softcap, temperature)
+    logp = z.log_softmax(-1)
     entropy = logp.new_empty(0)
     if with_entropy:  # 0 log 0 = 0, in the gradient too
         entropy = -(logp.exp() * logp.masked_fill(logp == float("-inf"), 0.0)).sum(-1)
@@ -115,16 +123,17 @@ def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | Non
         grad_logprobs = torch.zeros_like(grad_entropy)
     hidden, weight, target, bias, stats = ctx.saved_tensors
     if torch.is_grad_enabled():  # a gradient of this gradient is wanted: the definition's has one
+        how = (*ctx.how, ctx.with_entropy)
 
         def both(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-            return _definition(hidden, weight, target, bias, *ctx.how, ctx.with_entropy)[:2]
+            return _definition(hidden, weight, target, bias, *how)[:2]
 
         grads = vjp(both, (hidden, weight, bias), (grad_logprobs, grad_entropy))
     else:
         softcap, logit_scale, temperature = ctx.how
         wide = linear_rows_backward(
-            hidden, weight, target, bias, stats, grad_logprobs, grad_entropy, _softmax_rows.NO_IGNORE, 0.0, 0.0, softcap,
-            logit_scale, temperature, *ctx.learns,
+            hidden, weight, target, bias, stats, grad_logprobs, grad_entropy, _softmax_rows.NO_IGNORE, 0.0, 0.0,
+            softcap, logit_scale, temperature, *ctx.learns,
         )  # fmt: skip
         grads = tuple(
             scaled(g, None, t.dtype) if learn else None for g, t, learn in zip(wide, (hidden, weight, bias), ctx.learns)

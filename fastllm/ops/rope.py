@@ -1,4 +1,4 @@
-"""Rotary position embedding with the angles computed inside the kernel, exact at any position (arXiv 2104.09864, eq. 34)."""
+"""Rotary embedding with angles computed inside the kernel, right at any position (arXiv 2104.09864, eq. 34)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def rope(
     if position_ids.is_floating_point() or position_ids.is_complex() or position_ids.dtype == torch.bool:
         raise TypeError(f"position_ids must be an integer tensor, got dtype {position_ids.dtype}")
     if position_ids.dim() != 2 or position_ids.shape[1] != q.shape[2] or position_ids.shape[0] not in (1, q.shape[0]):
-        raise ValueError(f"position_ids must have shape (1 or {q.shape[0]}, {q.shape[2]}), got {tuple(position_ids.shape)}")
+        raise ValueError(
+            f"position_ids must have shape (1 or {q.shape[0]}, {q.shape[2]}), got {tuple(position_ids.shape)}"
+        )
     _check.is_floating("inv_freq", inv_freq)
     if inv_freq.dim() != 1:
         raise ValueError(f"inv_freq must have shape (R / 2,), got {tuple(inv_freq.shape)}")
@@ -57,7 +59,13 @@ def rope(
 
 
 def _definition(
-    q: Tensor, k: Tensor, position_ids: Tensor, inv_freq: Tensor, attention_factor: float, interleaved: bool, transposed: bool
+    q: Tensor,
+    k: Tensor,
+    position_ids: Tensor,
+    inv_freq: Tensor,
+    attention_factor: float,
+    interleaved: bool,
+    transposed: bool,
 ) -> tuple[Tensor, Tensor]:
     angles = position_ids.double().unsqueeze(-1) * inv_freq.double()
     angles = angles.repeat_interleave(2, -1) if interleaved else torch.cat((angles, angles), -1)

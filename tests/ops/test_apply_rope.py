@@ -42,14 +42,17 @@ def heads(batch, q_heads, k_heads, length, dim, transposed=False):
 @each_backend
 @each_dtype
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 2, 2), (2, 4, 2, 5, 16, 16), (2, 3, 1, 7, 24, 10), (1, 2, 2, 33, 80, 64)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1, 2, 2), (2, 4, 2, 5, 16, 16), (2, 3, 1, 7, 24, 10), (1, 2, 2, 33, 80, 64)], ids=str
+)
 def test_matches_the_formula_in_fp64_forward_and_backward(backend, device, dtype, shape, interleaved):
     batch, q_heads, k_heads, length, dim, rotated = shape
     for transposed in (False, True):
         q, k = heads(batch, q_heads, k_heads, length, dim, transposed)
         cos, sin = table(batch if transposed else 1, length, rotated, interleaved, general=True)
         check_op(
-            lambda q, k, c, s: apply_rope(q, k, c, s, interleaved=interleaved), [q, k, cos, sin], dtype, backend, device,
+            lambda q, k, c, s: apply_rope(q, k, c, s, interleaved=interleaved), [q, k, cos, sin],
+            dtype, backend, device,
             reference=lambda q, k, c, s: plain(q, k, c, s, interleaved), no_grad=[2, 3],
         )  # fmt: skip
 
@@ -83,7 +86,8 @@ def test_large_outputs_written_round_the_cache_are_right():
 
 @settings(max_examples=30, deadline=None)
 @given(
-    length=st.integers(0, 20), q_heads=st.integers(1, 5), half=st.integers(1, 40), rest=st.integers(0, 9), interleaved=st.booleans(),
+    length=st.integers(0, 20), q_heads=st.integers(1, 5), half=st.integers(1, 40), rest=st.integers(0, 9),
+    interleaved=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )  # fmt: skip
 def test_any_shape(length, q_heads, half, rest, interleaved, dtype):
@@ -158,12 +162,21 @@ def test_nan_stays_in_its_pair():
         ({"cos": torch.ones(1, 4, 8)}, ValueError, r"cos must have shape \(1 or 1, 3, R\)"),
         ({"sin": torch.ones(3, 8)}, ValueError, "sin must have shape"),
         ({"cos": torch.ones(1, 3, 4)}, ValueError, "cos and sin must have one R"),
-        ({"cos": torch.ones(1, 3, 5), "sin": torch.ones(1, 3, 5)}, ValueError, "even number of dimensions, at most D = 8, got 5"),
+        (
+            {"cos": torch.ones(1, 3, 5), "sin": torch.ones(1, 3, 5)},
+            ValueError,
+            "even number of dimensions, at most D = 8, got 5",
+        ),
         ({"cos": torch.ones(1, 3, 10), "sin": torch.ones(1, 3, 10)}, ValueError, "at most D = 8, got 10"),
         ({"cos": torch.ones(1, 3, 8, device="meta")}, ValueError, "cos and q must be on one device"),
     ],
 )
 def test_bad_arguments_are_named(change, error, message):
-    good = {"q": torch.ones(1, 2, 3, 8), "k": torch.ones(1, 2, 3, 8), "cos": torch.ones(1, 3, 8), "sin": torch.ones(1, 3, 8)}
+    good = {
+        "q": torch.ones(1, 2, 3, 8),
+        "k": torch.ones(1, 2, 3, 8),
+        "cos": torch.ones(1, 3, 8),
+        "sin": torch.ones(1, 3, 8),
+    }
     with pytest.raises(error, match=message):
         apply_rope(**{**good, **change})

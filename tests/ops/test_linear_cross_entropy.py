@@ -12,8 +12,8 @@ from tests.ops.harness import check_op, each_backend, each_dtype
 
 
 def plain(
-    hidden, weight, target, bias=None, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None, logit_scale=1.0,
-    reduction="mean", num_items=None,
+    hidden, weight, target, bias=None, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None,
+    logit_scale=1.0, reduction="mean", num_items=None,
 ):  # fmt: skip
     z = F.linear(hidden, weight, bias) * logit_scale
     if softcap:
@@ -69,7 +69,9 @@ def test_matches_the_formula_in_fp64_forward_and_backward(small_chunks, backend,
 @pytest.mark.parametrize("ignored", [0.0, 0.05, 0.9])
 def test_rows_that_are_skipped_and_rows_that_are_not_agree(small_chunks, ignored):
     hidden, weight, target, bias = operands(ignored=ignored)
-    check_op(lambda h, w, t, b: linear_cross_entropy(h, w, t, bias=b), [hidden, weight, target, bias], torch.float32, "cpp")
+    check_op(
+        lambda h, w, t, b: linear_cross_entropy(h, w, t, bias=b), [hidden, weight, target, bias], torch.float32, "cpp"
+    )
     check_op(
         lambda h, w, t, b: linear_cross_entropy(h, w, t, bias=b, reduction="none"),
         [hidden, weight, target, bias], torch.float32, "cpp",
@@ -78,7 +80,9 @@ def test_rows_that_are_skipped_and_rows_that_are_not_agree(small_chunks, ignored
 
 @each_backend
 def test_no_target_left_gives_zero_loss_and_zero_gradients(backend, device):
-    hidden, weight, _, bias = (t.float().to(device).requires_grad_() if t.is_floating_point() else t for t in operands())
+    hidden, weight, _, bias = (
+        t.float().to(device).requires_grad_() if t.is_floating_point() else t for t in operands()
+    )
     target = torch.full((23,), -100, device=device)
     with torch.no_grad():
         hidden[3] = float("nan")  # an ignored row does not reach anything
@@ -94,7 +98,10 @@ def test_no_target_left_gives_zero_loss_and_zero_gradients(backend, device):
 @pytest.mark.parametrize("shape", [(0, 8, 5), (3, 8, 1), (1, 1, 1)])
 def test_degenerate_sizes(shape):
     tokens, channels, classes = shape
-    hidden, weight = torch.randn(tokens, channels, requires_grad=True), torch.randn(classes, channels, requires_grad=True)
+    hidden, weight = (
+        torch.randn(tokens, channels, requires_grad=True),
+        torch.randn(classes, channels, requires_grad=True),
+    )
     loss = linear_cross_entropy(hidden, weight, torch.zeros(tokens, dtype=torch.long))
     loss.backward()
     assert loss == 0
@@ -105,7 +112,9 @@ def test_degenerate_sizes(shape):
 def test_a_frozen_operand_gets_no_gradient_and_the_other_the_same():
     hidden, weight, target, _ = operands()
     hidden, weight = hidden.float(), weight.float()
-    both = torch.autograd.grad(linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), target), (hidden, weight))
+    both = torch.autograd.grad(
+        linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), target), (hidden, weight)
+    )
     alone = torch.autograd.grad(linear_cross_entropy(hidden, weight.detach(), target), hidden)
     torch.testing.assert_close(alone[0], both[0])
     alone = torch.autograd.grad(linear_cross_entropy(hidden.detach(), weight, target), weight)
@@ -195,7 +204,8 @@ def test_compiles_without_a_graph_break(reduction):
     compiled = torch.compile(f, fullgraph=True)
     torch.testing.assert_close(compiled(hidden, weight), f(hidden, weight))
     torch.testing.assert_close(
-        torch.autograd.grad(compiled(hidden, weight), (hidden, weight)), torch.autograd.grad(f(hidden, weight), (hidden, weight))
+        torch.autograd.grad(compiled(hidden, weight), (hidden, weight)),
+        torch.autograd.grad(f(hidden, weight), (hidden, weight)),
     )
 
 

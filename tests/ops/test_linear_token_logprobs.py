@@ -25,7 +25,9 @@ def plain(hidden, weight, target, bias, temperature, softcap, logit_scale, with_
 @each_dtype
 @pytest.mark.parametrize("with_entropy", [False, True])
 @pytest.mark.parametrize(("temperature", "softcap", "logit_scale"), [(1.0, None, 1.0), (0.7, 4.0, 1.5)])
-def test_matches_the_formula_in_fp64(monkeypatch, backend, device, dtype, with_entropy, temperature, softcap, logit_scale):
+def test_matches_the_formula_in_fp64(
+    monkeypatch, backend, device, dtype, with_entropy, temperature, softcap, logit_scale
+):
     monkeypatch.setattr(_linear_rows, "BUFFER_BYTES", {"cpu": 97 * 4 * 7, "cuda": 97 * 4 * 7})
     monkeypatch.setattr(_linear_rows, "CPU_CLASSES", 40)
     options = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale, "with_entropy": with_entropy}
@@ -54,7 +56,9 @@ def test_second_derivative_and_frozen_weight():
     found = {}
     for backend in ("cpp", "torch"):
         with fastllm.use_backend(backend):
-            (grad,) = torch.autograd.grad(linear_token_logprobs(hidden, weight, target).exp().sum(), hidden, create_graph=True)
+            (grad,) = torch.autograd.grad(
+                linear_token_logprobs(hidden, weight, target).exp().sum(), hidden, create_graph=True
+            )
         found[backend] = torch.autograd.grad(grad.square().sum(), hidden)
     torch.testing.assert_close(found["cpp"], found["torch"])
 
@@ -68,7 +72,8 @@ def test_opcheck_and_compile():
     f = lambda h, w: sum(t.sum() for t in linear_token_logprobs(h, w, target, with_entropy=True))  # noqa: E731
     compiled = torch.compile(f, fullgraph=True)
     torch.testing.assert_close(
-        torch.autograd.grad(compiled(hidden, weight), (hidden, weight)), torch.autograd.grad(f(hidden, weight), (hidden, weight))
+        torch.autograd.grad(compiled(hidden, weight), (hidden, weight)),
+        torch.autograd.grad(f(hidden, weight), (hidden, weight)),
     )
 
 

@@ -26,7 +26,8 @@ def test_equals_apply_rope_with_exact_tables(backend, device, dtype, interleaved
             return apply_rope(q, k, angles.cos() * 1.25, angles.sin() * 1.25, interleaved=interleaved)
 
         check_op(
-            lambda *a: rope(*a, attention_factor=1.25, interleaved=interleaved), [q, k, positions, inv_freq], dtype, backend, device,
+            lambda *a: rope(*a, attention_factor=1.25, interleaved=interleaved), [q, k, positions, inv_freq],
+            dtype, backend, device,
             reference=reference, no_grad=[3], keep_dtype=[3],
         )  # fmt: skip
 
@@ -68,9 +69,19 @@ def test_zero_tokens():
     ("positions", "inv_freq", "error", "message"),
     [
         (torch.ones(1, 3), torch.ones(4), TypeError, "position_ids must be an integer tensor, got dtype torch.float32"),
-        (torch.ones(3, dtype=torch.long), torch.ones(4), ValueError, r"position_ids must have shape \(1 or 1, 3\), got \(3,\)"),
+        (
+            torch.ones(3, dtype=torch.long),
+            torch.ones(4),
+            ValueError,
+            r"position_ids must have shape \(1 or 1, 3\), got \(3,\)",
+        ),
         (torch.ones(1, 3, dtype=torch.long), torch.ones(4, 1), ValueError, r"inv_freq must have shape \(R / 2,\)"),
-        (torch.ones(1, 3, dtype=torch.long), torch.ones(5), ValueError, "inv_freq must rotate .* at most D = 8, got 10"),
+        (
+            torch.ones(1, 3, dtype=torch.long),
+            torch.ones(5),
+            ValueError,
+            "inv_freq must rotate .* at most D = 8, got 10",
+        ),
     ],
 )
 def test_bad_arguments_are_named(positions, inv_freq, error, message):

@@ -101,7 +101,9 @@ def _backward_kernel(
                 if HAS_WEIGHT:  # this program's own row of partial sums, zeroed by the launcher
                     sums = tl.load(partial_ptr + start + columns, mask=inside, other=0.0)
                     tl.store(partial_ptr + start + columns, sums + product, mask=inside)
-                    product *= tl.load(weight_ptr + start + columns, mask=inside, other=0.0).to(tl.float32) + weight_offset
+                    product *= (
+                        tl.load(weight_ptr + start + columns, mask=inside, other=0.0).to(tl.float32) + weight_offset
+                    )
                 dot += product
             mean = tl.sum(dot, 0) / channels
             for start in range(0, channels, BLOCK):
@@ -194,6 +196,7 @@ def configurations() -> list[Configuration]:
             }  # fmt: skip
             found += [
                 Configuration(
+<<<<<<< HEAD
                     _forward_kernel, forward_signature, {**shape, "HAS_RESIDUAL": residual},
                     num_warps=warps_for(block), label=f"{name} forward {t[1:]} C={channels}",
                 ),
@@ -202,4 +205,38 @@ def configurations() -> list[Configuration]:
                     num_warps=warps_for(block, 8), label=f"{name} backward {t[1:]} C={channels}",
                 ),
             ]  # fmt: skip
+=======
+                    _forward_kernel,
+                    {
+                        **common,
+                        "y_ptr": t,
+                        "rstd_ptr": "*fp32",
+                        "channels": "i32:16",
+                        "eps": "fp32",
+                        "weight_offset": "fp32",
+                    },
+                    constants,
+                    num_warps=warps_for(block),
+                    label=f"rms_norm forward {t[1:]} C={channels}",
+                )
+            )
+            found.append(
+                Configuration(
+                    _backward_kernel,
+                    {
+                        "grad_y_ptr": t,
+                        **common,
+                        "rstd_ptr": "*fp32",
+                        "grad_x_ptr": t,
+                        "partial_ptr": "*fp32",
+                        "rows": "i32",
+                        "channels": "i32:16",
+                        "weight_offset": "fp32",
+                    },
+                    constants,
+                    num_warps=warps_for(block, 8),
+                    label=f"rms_norm backward {t[1:]} C={channels}",
+                )
+            )
+>>>>>>> cli
     return found

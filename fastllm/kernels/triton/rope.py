@@ -24,7 +24,8 @@ def _angles(position, inv_freq, attention_factor):
 def _rotate_kernel(
     x_ptr, y_ptr, cos_ptr, sin_ptr, position_ptr, inv_freq_ptr,
     heads, length, dim, rotated, attention_factor,
-    x_batch, x_head, x_token, y_batch, y_head, y_token, cos_batch, cos_token, sin_batch, sin_token, position_batch, position_token,
+    x_batch, x_head, x_token, y_batch, y_head, y_token, cos_batch, cos_token, sin_batch, sin_token,
+    position_batch, position_token,
     FROM_POSITIONS: tl.constexpr, INTERLEAVED: tl.constexpr, TRANSPOSED: tl.constexpr,
     HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
@@ -72,18 +73,27 @@ def _rotate_kernel(
             tl.store(y_row + rest, tl.load(x_row + rest, mask=keep), mask=keep)
 
 
-def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, transposed: bool) -> tuple[Tensor, Tensor]:
+def apply_rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, transposed: bool
+) -> tuple[Tensor, Tensor]:
     cos, sin = _last_dim_contiguous(cos), _last_dim_contiguous(sin)
     return tuple(_launch(x, cos, sin, None, None, cos.shape[2], 1.0, interleaved, transposed) for x in (q, k))  # type: ignore[return-value]
 
 
 def rope(
-    q: Tensor, k: Tensor, position_ids: Tensor, inv_freq: Tensor, attention_factor: float, interleaved: bool, transposed: bool
+    q: Tensor,
+    k: Tensor,
+    position_ids: Tensor,
+    inv_freq: Tensor,
+    attention_factor: float,
+    interleaved: bool,
+    transposed: bool,
 ) -> tuple[Tensor, Tensor]:
     inv_freq = inv_freq.float().contiguous()
     rotated = 2 * inv_freq.shape[0]
     return tuple(  # type: ignore[return-value]
-        _launch(x, None, None, position_ids, inv_freq, rotated, attention_factor, interleaved, transposed) for x in (q, k)
+        _launch(x, None, None, position_ids, inv_freq, rotated, attention_factor, interleaved, transposed)
+        for x in (q, k)
     )
 
 
@@ -144,8 +154,15 @@ def configurations() -> list[Configuration]:
                 Configuration(
                     _rotate_kernel,
                     signature,
-                    {"FROM_POSITIONS": from_positions, "INTERLEAVED": interleaved, "TRANSPOSED": False, **_blocks(heads, dim, rotated)},
-                    label=f"rope {t[1:]} D={dim} R={rotated}{' interleaved' * interleaved}{' from positions' * from_positions}",
+                    {
+                        "FROM_POSITIONS": from_positions,
+                        "INTERLEAVED": interleaved,
+                        "TRANSPOSED": False,
+                        **_blocks(heads, dim, rotated),
+                    },
+                    label=f"rope {t[1:]} D={dim} R={rotated}"
+                    + " interleaved" * interleaved
+                    + " from positions" * from_positions,
                 )
             )
     return found
