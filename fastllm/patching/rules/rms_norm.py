@@ -22,6 +22,8 @@ def find(model: nn.Module) -> Iterator[Found | Skipped]:
     for path, module in model.named_modules():
         channels = _channels(module)
         if channels is None:
+            if "rmsnorm" in type(module).__name__.lower() and not module._modules:
+                yield Skipped(path, OP, "not one weight and one input: its forward takes more than the hidden states")
             continue
         slot = slot_of(module)
         if occupied(module, slot):
