@@ -3,23 +3,33 @@
 Every csrc/cpu/*.cpp is compiled once per instruction set (baseline, AVX2, AVX-512, AVX-512 + bf16 conversions) as
 pure kernels and once more as the binding that picks among them at run time; no torch header is read by the kernels.
 
+torch itself is not a build requirement (an isolated build would fetch a second one, gigabytes of it): its headers are
+taken from the environment that the package is being installed into, in isolated builds too.
+
 Environment:
+  CXX                    the C++ compiler (default: c++)
   FASTLLM_BUILD_CUDA=1   compile csrc/cuda/*.cu with nvcc even without a CUDA torch (0 never; default: if both exist)
+  FASTLLM_CUDA_ARCHITECTURES=90,100   the chips to compile them for (default: 80,90,100)
   FASTLLM_REQUIRE_CPP=1  fail the installation if the extension cannot be built (default: install without it and say so)
 """
 
 import os
 import platform
+import re
+import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).resolve().parent
+SOURCES = Path(
+    "csrc"
+)  # relative to this file, where setuptools runs it: a copy of the tree finds its objects up to date
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # LibTorch 2.10's stable ABI: loads in every later torch
 CUDA_ARCHITECTURES = ("80", "90", "100")
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"]
@@ -32,20 +42,40 @@ X86_ISAS = {
 ISAS = X86_ISAS if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": []}
 
 
+def find_torch():
+    """torch's folder, without importing it: headers, libraries and version.py are all a build needs."""
+    places = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    for folder in (Path(place, "torch") for place in places):
+        if (folder / "version.py").is_file():
+            version = runpy.run_path(str(folder / "version.py"))
+            if tuple(map(int, re.findall(r"\d+", version["__version__"])[:2])) < (2, 10):
+                raise RuntimeError(f"torch {version['__version__']} in {folder} is too old, 2.10 or newer is needed")
+            return folder.resolve(), version
+    raise RuntimeError(
+        f"torch is not installed for {sys.executable}; install it first, then fastllm with --no-build-isolation"
+    )
+
+
 class BuildKernels(build_ext):
     """Compiles the object files itself (several flags per source are beyond setuptools), then links them."""
 
-    def run(self):
-        try:
-            super().run()
-        except Exception as error:
-            if os.environ.get("FASTLLM_REQUIRE_CPP") == "1":
-                raise
-            print(
-                f"fastllm: the C++ kernels were not built ({error}). The package works without them on the other "
-                "backends; `fastllm doctor` says what is missing.",
-                file=sys.stderr,
-            )
+    def build_extensions(self):
+        built = []
+        for ext in self.extensions:
+            try:
+                self.build_extension(ext)
+                built.append(ext)
+            except Exception as error:
+                Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # nothing stale may be installed
+                is_cuda = ext.name.endswith("_cuda")
+                if os.environ.get("FASTLLM_BUILD_CUDA" if is_cuda else "FASTLLM_REQUIRE_CPP") == "1":
+                    raise
+                print(
+                    f"fastllm: the {'CUDA' if is_cuda else 'C++'} kernels were not built ({error}). The package works "
+                    "without them on the other backends; `fastllm doctor` says what is missing.",
+                    file=sys.stderr,
+                )
+        self.extensions = built
 
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))
@@ -62,14 +92,10 @@ class BuildKernels(build_ext):
             self.build_cpu(target, build_dir)
 
     def build_cpu(self, target, build_dir):
-        import sysconfig
-
-        import torch
-
-        compiler = os.environ.get("CXX", "c++")
+        compiler = os.environ.get("CXX") or "c++"
         if shutil.which(compiler.split()[0]) is None:
             raise RuntimeError(f"no C++ compiler: {compiler!r} is not on PATH (set CXX, or install g++ or clang++)")
-        torch_dir = Path(torch.__file__).resolve().parent
+        torch_dir, _ = find_torch()
         common = [
             *compiler.split(),
             "-O3",
@@ -82,68 +108,72 @@ class BuildKernels(build_ext):
             "-Wno-maybe-uninitialized",
             "-fno-math-errno",
         ]
-        includes = [f"-I{torch_dir}/include", f"-I{sysconfig.get_paths()['include']}", f"-I{ROOT}/csrc"]
-        commands = []
-        objects = []
-        for source in sorted((ROOT / "csrc").glob("*.cpp")) + sorted((ROOT / "csrc/cpu").glob("*.cpp")):
+        includes = [f"-I{torch_dir}/include", f"-I{sysconfig.get_paths()['include']}", f"-I{SOURCES}"]
+        commands = {}
+        for source in sorted(SOURCES.glob("*.cpp")) + sorted(SOURCES.glob("cpu/*.cpp")):
             variants = [("binding", [*includes, STABLE_ABI, "-DPy_LIMITED_API=0x030a0000", "-DFASTLLM_BINDING"])]
             if source.parent.name == "cpu":
                 variants += [(isa, [f"-DFASTLLM_ISA={isa}", *flags]) for isa, flags in ISAS.items()]
             for variant, flags in variants:
                 output = build_dir / f"{source.stem}.{variant}.o"
-                objects.append(output)
-                if self.stale(output):
-                    if ISAS is X86_ISAS:
-                        flags = [*flags, "-DFASTLLM_X86"]
-                    commands.append([*common, *flags, "-c", str(source), "-o", str(output), "-MMD"])
-        self.run_all(commands)
-        libraries = [f"-L{torch_dir}/lib", "-ltorch", "-ltorch_cpu", "-lc10"]
-        rpath = [] if sys.platform == "darwin" else ["-Wl,--as-needed"]
+                if ISAS is X86_ISAS:
+                    flags = [*flags, "-DFASTLLM_X86"]
+                commands[output] = [*common, *flags, "-c", str(source), "-o", str(output), "-MMD"]
+        objects = self.compile(commands)
+        libraries = [f"-L{torch_dir}/lib", "-ltorch_cpu"]
+        as_needed = [] if sys.platform == "darwin" else ["-Wl,--as-needed"]
         shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-        self.run_all([[*compiler.split(), *shared, *map(str, objects), *rpath, *libraries, "-o", str(target)]])
+        self.run_all([[*compiler.split(), *shared, *objects, *as_needed, *libraries, "-o", str(target)]])
 
     def build_cuda(self, target, build_dir):
-        import torch
-
-        torch_dir = Path(torch.__file__).resolve().parent
-        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
+        nvcc = shutil.which("nvcc")
+        if nvcc is None:
+            raise RuntimeError("nvcc is not on PATH")
+        torch_dir, _ = find_torch()
+        # The default three cover every NVIDIA chip from A100 on: each runs the code of an older minor version, and the
+        # intermediate code of the last serves what is newer.
+        chips = os.environ.get("FASTLLM_CUDA_ARCHITECTURES", ",".join(CUDA_ARCHITECTURES)).split(",")
+        codes = [f"-gencode=arch=compute_{chip},code=sm_{chip}" for chip in chips]
+        codes.append(f"-gencode=arch=compute_{chips[-1]},code=compute_{chips[-1]}")
         flags = [
-            "-O3",
-            "-std=c++20",
-            "-Xcompiler=-fPIC",
-            "-DUSE_CUDA",
-            STABLE_ABI,
-            f"-I{torch_dir}/include",
-            f"-I{ROOT}/csrc",
+            *("-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA", STABLE_ABI),
+            *(f"-I{torch_dir}/include", f"-I{SOURCES}"),
         ]
-        objects = []
-        commands = []
-        for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+        commands = {}
+        for source in sorted(SOURCES.glob("cuda/*.cu")):
             output = build_dir / f"{source.stem}.cu.o"
-            objects.append(output)
-            commands.append(["nvcc", *codes, *flags, "-c", str(source), "-o", str(output)])
-        self.run_all(commands)
-        self.run_all(
-            [
-                [
-                    "nvcc",
-                    "-shared",
-                    *map(str, objects),
-                    f"-L{torch_dir}/lib",
-                    "-ltorch",
-                    "-ltorch_cpu",
-                    "-lc10",
-                    "-o",
-                    str(target),
-                ]
-            ]
-        )
+            dependencies = ["-MMD", "-MF", str(output.with_suffix(".d"))]
+            commands[output] = [nvcc, *codes, *flags, "-c", str(source), "-o", str(output), *dependencies]
+        objects = self.compile(commands)
+        # The current stream comes from libtorch_cuda.so. Where torch is a CPU build, a library of that name
+        # stands in for it at link time, so that a machine without a GPU can make the wheel for one that has it.
+        libraries = [f"-L{torch_dir}/lib", "-ltorch_cpu", "-ltorch_cuda"]
+        if not (torch_dir / "lib/libtorch_cuda.so").exists():
+            stand_in, stub = build_dir / "libtorch_cuda.so", build_dir / "libtorch_cuda.cpp"
+            stub.write_text('extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }\n')
+            soname = "-Xlinker=-soname=libtorch_cuda.so"
+            self.run_all([[nvcc, "-shared", "-Xcompiler=-fPIC", soname, str(stub), "-o", str(stand_in)]])
+            libraries.insert(0, f"-L{build_dir}")
+        # The CUDA runtime is linked statically: one binary for torch builds of any CUDA version.
+        self.run_all([[nvcc, "-shared", "-cudart=static", "--no-device-link", *objects, *libraries, "-o", str(target)]])
+
+    def compile(self, commands):
+        """Runs those of {object file: command} whose result is not there already; returns all the object files."""
+        if not commands:
+            raise RuntimeError(f"no sources in {SOURCES.resolve()}")
+        stale = {output: command for output, command in commands.items() if self.stale(output, command)}
+        self.run_all(stale.values())
+        for output, command in stale.items():
+            output.with_suffix(".command").write_text(" ".join(command))
+        return [str(output) for output in commands]
 
     @staticmethod
-    def stale(output):
-        """True when an object file is missing or older than anything it was made from (setup.py included)."""
-        dependencies = output.with_suffix(".d")
-        if not output.exists() or not dependencies.exists():
+    def stale(output, command):
+        """True when an object file is missing, older than anything it was made from, or made by another command."""
+        dependencies, made_by = output.with_suffix(".d"), output.with_suffix(".command")
+        if not output.exists() or not dependencies.exists() or not made_by.exists():
+            return True
+        if made_by.read_text() != " ".join(command):
             return True
         made_from = dependencies.read_text().replace("\\\n", " ").split()[1:]
         made = output.stat().st_mtime
@@ -169,14 +199,13 @@ def wants_cuda():
     if shutil.which("nvcc") is None:
         return False
     try:
-        import torch
-    except ImportError:
+        return find_torch()[1].get("cuda") is not None
+    except RuntimeError:
         return False
-    return torch.version.cuda is not None
 
 
 extensions = [Extension("fastllm._C", [], py_limited_api=True)]
-if wants_cuda() and list((ROOT / "csrc/cuda").glob("*.cu")):
+if wants_cuda() and list(SOURCES.glob("cuda/*.cu")):
     extensions.append(Extension("fastllm._C_cuda", [], py_limited_api=True))
 
 setup(

@@ -2,8 +2,8 @@
 
 Four backends: ``torch`` is the plain definition and serves everything; ``cpp`` serves CPU tensors; ``triton`` serves
 CUDA and ROCm tensors, and CPU tensors under TRITON_INTERPRET=1; ``cuda`` serves CUDA tensors for the ops that have a
-CUDA C++ kernel. Unforced, a CPU tensor goes to ``cpp``, a GPU tensor to ``triton``, and whatever has no kernel
-(another device, float64) to ``torch``.
+CUDA C++ kernel, where it is forced. Unforced, a CPU tensor goes to ``cpp``, a GPU tensor to ``triton``, and whatever
+has no kernel (another device, float64) to ``torch``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fastllm.errors import BackendError
-from fastllm.kernels import cpp, triton
+from fastllm.kernels import cpp, cuda, triton
 
 NAMES = ("torch", "cpp", "triton", "cuda")
 KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -65,7 +65,7 @@ def unavailable(name: str) -> str:
         if not triton.interpreted() and not torch.cuda.is_available():
             return "no GPU that torch can use (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly)"
         return ""
-    return "no CUDA C++ kernels are built" if torch.cuda.is_available() else "no CUDA device that torch can use"
+    return cuda.unavailable()
 
 
 def available() -> list[str]:

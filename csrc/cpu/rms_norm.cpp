@@ -1,4 +1,5 @@
-// y = x / rms(x) * (weight + weight_offset), and its gradients. Rows are contiguous; everything is computed in fp32.
+// y = x / rms(x) * (weight + weight_offset), with or without a residual added to x first, and the gradients. Rows are
+// contiguous; everything is computed in fp32.
 #include "vec.h"
 
 namespace fastllm {
@@ -6,6 +7,8 @@ namespace fastllm {
 struct RmsNormForward {
   Dtype dtype;
   const void* x;        // (rows, channels)
+  const void* residual; // (rows, channels); null: none
+  void* sum;            // (rows, channels), x + residual in its dtype, which is what is normalised; null without residual
   const float* weight;  // (channels,), weight_offset already added; null: no weight
   void* y;              // (rows, channels)
   float* rstd;          // (rows,)
@@ -17,7 +20,8 @@ struct RmsNormForward {
 struct RmsNormBackward {
   Dtype dtype;
   const void* grad_y;   // (rows, channels)
-  const void* x;        // (rows, channels)
+  const void* grad_sum; // (rows, channels), the gradient of x + residual itself, added to grad_x; null: none
+  const void* x;        // (rows, channels), what was normalised
   const float* weight;  // as forward
   const float* rstd;    // (rows,)
   void* grad_x;         // (rows, channels)
@@ -38,6 +42,12 @@ static void forward_rows(const RmsNormForward& p, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const T* x = (const T*)p.x + row * C;
     T* y = (T*)p.y + row * C;
+    if (p.residual) {  // the row stays in the first-level cache for the passes below
+      const T* residual = (const T*)p.residual + row * C;
+      T* sum = (T*)p.sum + row * C;
+      for_each_vector(C, [&](int64_t j, int lanes) { store(sum + j, load(x + j, lanes) + load(residual + j, lanes), lanes); });
+      x = sum;
+    }
     Vec squares[4] = {0.f, 0.f, 0.f, 0.f};  // four chains: one would wait for its own additions
     int64_t i = 0;
     for (; i + 4 * Vec::W <= C; i += 4 * Vec::W) {
@@ -81,11 +91,13 @@ static void backward_rows(const RmsNormBackward& p, int64_t begin, int64_t end) 
     });
     const Vec mean = dot.sum() / float(C);
     const bool stream_row = p.stream && (uintptr_t(grad_x) % (Vec::W * sizeof(T)) == 0);
+    const T* grad_sum = p.grad_sum ? (const T*)p.grad_sum + row * C : nullptr;
     for_each_vector(C, [&](int64_t j, int lanes) {
       Vec g = load(grad_y + j, lanes);
       if (p.weight) g *= load(p.weight + j, lanes);
       const Vec n = load(x + j, lanes) * rstd;
-      const Vec out = rstd * (g - n * mean);
+      Vec out = rstd * (g - n * mean);
+      if (grad_sum) out += load(grad_sum + j, lanes);
       stream_row ? stream(grad_x + j, out, lanes) : store(grad_x + j, out, lanes);
     });
   }
@@ -125,25 +137,47 @@ static std::optional<Tensor> effective_weight(const std::optional<Tensor>& weigh
 
 static const float* data_or_null(const std::optional<Tensor>& t) { return t ? (const float*)t->const_data_ptr() : nullptr; }
 
-std::tuple<Tensor, Tensor> rms_norm(Tensor x, std::optional<Tensor> weight, double eps, double weight_offset) {
-  x = torch::stable::contiguous(x);
+// Normalises x, or x + residual, into y; returns rstd. `sum` is written where there is a residual.
+static Tensor forward(const Tensor& x, const Tensor* residual, Tensor* sum, const std::optional<Tensor>& weight, double eps,
+                      double weight_offset, Tensor& y) {
   const int64_t channels = x.size(x.dim() - 1), rows = channels ? x.numel() / channels : 0;
-  Tensor y = fresh_like(x);
   const auto sizes = x.sizes();
   Tensor rstd = fresh_float(x, sizes.slice(0, sizes.size() - 1));
   const auto w = effective_weight(weight, weight_offset);
-  const RmsNormForward p{dtype_of(x), x.const_data_ptr(), data_or_null(w), y.mutable_data_ptr(),
+  const RmsNormForward p{dtype_of(x), x.const_data_ptr(), residual ? residual->const_data_ptr() : nullptr,
+                         sum ? sum->mutable_data_ptr() : nullptr, data_or_null(w), y.mutable_data_ptr(),
                          (float*)rstd.mutable_data_ptr(), channels, float(eps),
                          x.numel() * int64_t(x.element_size()) >= stream_bytes};
   const auto kernel = FASTLLM_PICK(rms_norm_forward);
   parallel_parts(rows, parts_for(rows, channels), [&](int64_t, int64_t b, int64_t e) { kernel(p, b, e); });
+  return rstd;
+}
+
+std::tuple<Tensor, Tensor> rms_norm(Tensor x, std::optional<Tensor> weight, double eps, double weight_offset) {
+  x = torch::stable::contiguous(x);
+  Tensor y = fresh_like(x);
+  Tensor rstd = forward(x, nullptr, nullptr, weight, eps, weight_offset, y);
   return {y, rstd};
 }
 
-std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad_y, Tensor x, std::optional<Tensor> weight, Tensor rstd,
-                                             double, double weight_offset) {
+void rms_norm_out(Tensor x, std::optional<Tensor> weight, double eps, double weight_offset, Tensor out) {
+  forward(torch::stable::contiguous(x), nullptr, nullptr, weight, eps, weight_offset, out);
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm(Tensor x, Tensor residual, std::optional<Tensor> weight, double eps,
+                                                double weight_offset) {
+  x = torch::stable::contiguous(x);
+  residual = torch::stable::contiguous(residual);
+  Tensor y = fresh_like(x), sum = fresh_like(x);
+  Tensor rstd = forward(x, &residual, &sum, weight, eps, weight_offset, y);
+  return {y, sum, rstd};
+}
+
+static std::tuple<Tensor, Tensor> backward(Tensor grad_y, const std::optional<Tensor>& grad_sum, Tensor x,
+                                           const std::optional<Tensor>& weight, const Tensor& rstd, double weight_offset) {
   grad_y = torch::stable::contiguous(grad_y);
   x = torch::stable::contiguous(x);
+  Tensor added = grad_sum ? torch::stable::contiguous(*grad_sum) : x;
   const int64_t channels = x.size(x.dim() - 1), rows = channels ? x.numel() / channels : 0;
   Tensor grad_x = fresh_like(x);
   const auto w = effective_weight(weight, weight_offset);
@@ -151,20 +185,30 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad_y, Tensor x, std::optio
   Tensor partial = fresh_float(x, {weight ? parts : 0, channels});
   torch::stable::zero_(partial);
   float* sums = (float*)partial.mutable_data_ptr();
-  RmsNormBackward p{dtype_of(x), grad_y.const_data_ptr(), x.const_data_ptr(), data_or_null(w),
-                    (const float*)rstd.const_data_ptr(), grad_x.mutable_data_ptr(), nullptr, channels,
-                    x.numel() * int64_t(x.element_size()) >= stream_bytes};
+  const RmsNormBackward p{dtype_of(x), grad_y.const_data_ptr(), grad_sum ? added.const_data_ptr() : nullptr, x.const_data_ptr(),
+                          data_or_null(w), (const float*)rstd.const_data_ptr(), grad_x.mutable_data_ptr(), nullptr, channels,
+                          x.numel() * int64_t(x.element_size()) >= stream_bytes};
   const auto kernel = FASTLLM_PICK(rms_norm_backward);
   parallel_parts(rows, parts, [&](int64_t part, int64_t b, int64_t e) {
     RmsNormBackward mine = p;
     if (weight) mine.grad_weight = sums + part * channels;
     kernel(mine, b, e);
   });
-  if (!weight) return {grad_x, partial};
+  if (!weight) return {grad_x, torch::stable::new_empty(x, {0})};
   for (int64_t part = 1; part < parts; ++part) {
     for (int64_t c = 0; c < channels; ++c) sums[c] += sums[part * channels + c];
   }
   return {grad_x, torch::stable::to(torch::stable::select(partial, 0, 0), weight->scalar_type())};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad_y, Tensor x, std::optional<Tensor> weight, Tensor rstd, double,
+                                             double weight_offset) {
+  return backward(grad_y, std::nullopt, x, weight, rstd, weight_offset);
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm_backward(Tensor grad_y, std::optional<Tensor> grad_sum, Tensor sum,
+                                                 std::optional<Tensor> weight, Tensor rstd, double, double weight_offset) {
+  return backward(grad_y, grad_sum, sum, weight, rstd, weight_offset);
 }
 
 }  // namespace fastllm
@@ -172,5 +216,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad_y, Tensor x, std::optio
 STABLE_TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&fastllm::rms_norm));
   m.impl("rms_norm_backward", TORCH_BOX(&fastllm::rms_norm_backward));
+  m.impl("rms_norm_out", TORCH_BOX(&fastllm::rms_norm_out));
+  m.impl("add_rms_norm", TORCH_BOX(&fastllm::add_rms_norm));
+  m.impl("add_rms_norm_backward", TORCH_BOX(&fastllm::add_rms_norm_backward));
 }
 #endif  // FASTLLM_BINDING

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+
+CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16")
+_asked = os.environ.get("FASTLLM_CPU_CAPABILITY", "")
+if _asked and _asked not in CAPABILITIES:
+    raise ValueError(f"FASTLLM_CPU_CAPABILITY must be one of {', '.join(CAPABILITIES)}, got {_asked!r}")
+
 _reason = ""
 _capability = ""
 
 try:
     import fastllm._C as _C
 except ModuleNotFoundError:
-    _reason = "the C++ extension is not built"
+    _reason = (
+        "the C++ extension is not built; with a C++ compiler (g++ or clang++) on PATH or in CXX, in fastllm's source: "
+        "pip install --no-build-isolation --force-reinstall --no-deps ."
+    )
 except ImportError as error:  # built for another torch or platform, say
     _reason = f"the C++ extension does not load: {error}"
 else:
     _capability = _C.capability()
+    if _asked and _asked != _capability:
+        warnings.warn(
+            f"FASTLLM_CPU_CAPABILITY={_asked} is more than this processor has; the kernels for {_capability} are used",
+            stacklevel=2,
+        )
 
 
 def unavailable() -> str:

@@ -1,8 +1,10 @@
 """The kernels as functions, for scripts that patch nothing. All are differentiable and registered with PyTorch."""
 
+from fastllm.ops.add_rms_norm import add_rms_norm
 from fastllm.ops.apply_rope import apply_rope
 from fastllm.ops.cross_entropy import cross_entropy
 from fastllm.ops.glu import geglu, swiglu
+from fastllm.ops.layer_norm import layer_norm
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
 from fastllm.ops.linear_token_logprobs import linear_token_logprobs
 from fastllm.ops.rms_norm import rms_norm
@@ -10,9 +12,11 @@ from fastllm.ops.rope import rope
 from fastllm.ops.token_logprobs import token_logprobs
 
 __all__ = [
+    "add_rms_norm",
     "apply_rope",
     "cross_entropy",
     "geglu",
+    "layer_norm",
     "linear_cross_entropy",
     "linear_token_logprobs",
     "rms_norm",

@@ -40,6 +40,7 @@ class Op:
         triton: ``"file:function"`` under ``fastllm.kernels.triton``, imported at first use; None: no Triton kernel.
         composed: instead of kernels of its own, a Python function that calls torch and other Ops; it serves wherever
             their kernels do, and runs below autograd.
+        cuda: there is a CUDA C++ kernel, ``torch.ops.fastllm.<name>_cuda``, for calls that force that backend.
         save, backward: the gradient, ``save(ctx, inputs, output)`` and ``backward(ctx, *grads)`` as in
             ``torch.library.register_autograd``. Without them the gradient is the definition's, which for a backward
             op is what makes a gradient of a gradient right.
@@ -54,6 +55,7 @@ class Op:
         fake: Callable[..., Any],
         triton: str | None = None,
         composed: Callable[..., Any] | None = None,
+        cuda: bool = False,
         save: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
         public: Sequence[str] = (),
@@ -90,6 +92,8 @@ class Op:
                 f"fastllm::{self.name}", self.backward, setup_context=self.save, lib=LIBRARY
             )
         PUBLIC.update(dict.fromkeys(public, self))
+        if cuda:
+            self._define_cuda(schema, fake)
 
     def __call__(self, x: torch.Tensor, *args: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -114,7 +118,21 @@ class Op:
             return self.definition(x, *args)
         if backend == "triton" and x.device.type == "cpu":
             return self.launch(x, *args) if self.mutates else _Eager.apply(self, self.launch, x, *args)
-        return self.torch_op(x, *args)
+        return self.cuda_op(x, *args) if backend == "cuda" else self.torch_op(x, *args)
+
+    def _define_cuda(self, schema: str, fake: Callable[..., Any]) -> None:
+        """Declares the op that the CUDA extension implements; CUDA tensors of the op itself are Triton's."""
+        name = f"{self.name}_cuda"
+
+        def backward(ctx: Any, *grads: Any) -> Any:
+            with backends.use_backend("cuda"):
+                return self.backward(ctx, *grads)
+
+        LIBRARY.define(name + schema.removeprefix(self.name), tags=_TAGS)
+        torch.library.register_fake(f"fastllm::{name}", fake, lib=LIBRARY)
+        torch.library.register_autograd(f"fastllm::{name}", backward, setup_context=self.save, lib=LIBRARY)
+        self.cuda_op = getattr(torch.ops.fastllm, name).default
+        self.kernels |= {"cuda"}
 
     def launch(self, *args: Any) -> Any:
         """Runs the Triton kernel itself, without autograd."""

@@ -121,3 +121,30 @@ def test_opcheck():
 def test_bad_arguments_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         rms_norm(*arguments)
+
+
+@each_backend
+def test_out_is_written_and_returned(backend, device):
+    x, weight = torch.randn(5, 70, device=device), torch.randn(70, device=device)
+    out = torch.empty_like(x)
+    with fastllm.use_backend(backend):
+        assert rms_norm(x, weight, out=out) is out
+        torch.testing.assert_close(out, rms_norm(x, weight), rtol=0, atol=0)
+
+
+def test_out_that_does_not_fit_is_refused():
+    x = torch.randn(5, 8)
+    for out, message in (
+        (torch.empty(5, 7), "out must be a contiguous torch.float32 tensor"),
+        (torch.empty(5, 8, dtype=torch.bfloat16), "out must be a contiguous torch.float32 tensor"),
+        (torch.empty(8, 5).T, "out must be a contiguous"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rms_norm(x, out=out)
+    with pytest.raises(ValueError, match="out does not support gradients"):
+        rms_norm(x.requires_grad_(), out=torch.empty(5, 8))
+
+
+def test_opcheck_of_the_out_form():
+    x, weight = torch.randn(3, 6), torch.randn(6)
+    torch.library.opcheck(torch.ops.fastllm.rms_norm_out.default, (x, weight, 1e-6, 0.0, torch.empty(3, 6)))
