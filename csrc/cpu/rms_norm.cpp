@@ -64,7 +64,10 @@ static void forward_rows(const RmsNormForward& p, int64_t begin, int64_t end) {
     const float rstd = 1.f / std::sqrt(total / float(C) + p.eps);
     p.rstd[row] = rstd;
     const bool stream_row = p.stream && (uintptr_t(y) % (Vec::W * sizeof(T)) == 0);
+    // This pass reads the row from the cache and leaves memory idle: ask for the next row meanwhile.
+    const T* next = (const T*)p.x + (row + 1 < end ? row + 1 : row) * C;
     for_each_vector(C, [&](int64_t j, int lanes) {
+      __builtin_prefetch(next + j);
       Vec v = load(x + j, lanes) * Vec(rstd);
       if (p.weight) v *= load(p.weight + j, lanes);
       stream_row ? stream(y + j, v, lanes) : store(y + j, v, lanes);
@@ -92,7 +95,10 @@ static void backward_rows(const RmsNormBackward& p, int64_t begin, int64_t end) 
     const Vec mean = dot.sum() / float(C);
     const bool stream_row = p.stream && (uintptr_t(grad_x) % (Vec::W * sizeof(T)) == 0);
     const T* grad_sum = p.grad_sum ? (const T*)p.grad_sum + row * C : nullptr;
+    const int64_t next = row + 1 < end ? C : 0;
     for_each_vector(C, [&](int64_t j, int lanes) {
+      __builtin_prefetch(x + next + j);
+      __builtin_prefetch(grad_y + next + j);
       Vec g = load(grad_y + j, lanes);
       if (p.weight) g *= load(p.weight + j, lanes);
       const Vec n = load(x + j, lanes) * rstd;
