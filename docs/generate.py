@@ -118,7 +118,8 @@ def kernels(name: str) -> dict[str, str]:
     found = {"torch": "the definition below"}
     for backend, folder in (("cpp", "cpu"), ("cuda", "cuda")):
         for source in sorted((ROOT / "csrc" / folder).glob("*.c*")):
-            if f'm.impl("{op.name}"' in source.read_text(encoding="utf-8"):
+            registered = op.name + "_cuda" * (backend == "cuda")
+            if f'm.impl("{registered}"' in source.read_text(encoding="utf-8"):
                 found[backend] = f"[csrc/{folder}/{source.name}](../../csrc/{folder}/{source.name})"
     if op._triton is None and "triton" in op.kernels:
         return found | dict.fromkeys(("cpp", "triton"), "matrix products of torch around kernels of the other ops")

@@ -29,4 +29,8 @@ def check_and_promote(x: Tensor, eps: float, **others: Tensor | None) -> list[Te
         if other.dtype != dtype:
             dtype = torch.promote_types(dtype, other.dtype)
     tensors = [x, *others.values()]
-    return tensors if all(t is None or t.dtype == dtype for t in tensors) else [None if t is None else t.to(dtype) for t in tensors]
+    return (
+        tensors
+        if all(t is None or t.dtype == dtype for t in tensors)
+        else [None if t is None else t.to(dtype) for t in tensors]
+    )

@@ -15,24 +15,28 @@ from fastllm.ops.rms_norm import backward_fake, definition, fake
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, weight_offset: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """``s = x + residual`` and ``s / sqrt(mean(s²) + eps) * (weight + weight_offset)``: one read of each, one write of each.
+    """``s = x + residual`` and ``s / sqrt(mean(s²) + eps) * (weight + weight_offset)``: each read and written once.
 
     Args:
         x, residual: (..., C), float32, bfloat16 or float16; float64 is served by the definition.
         weight: (C,) or None. eps, weight_offset: as in ``rms_norm``.
 
     Returns:
-        (normed, s), both (..., C) in the promoted dtype of the inputs; s is rounded to it before it is normalised, as the
-        two separate operations would. Differentiable in x, residual and weight, any number of times, through both outputs.
+        (normed, s), both (..., C) in the promoted dtype of the inputs; s is rounded to it before it is normalised, as
+        the two separate operations would. Differentiable in x, residual and weight, any number of times, through both
+        outputs.
 
     Raises:
-        TypeError: an input is not a floating-point tensor. ValueError: shapes or devices do not match, or eps is negative.
+        TypeError: an input is not a floating-point tensor.
+        ValueError: shapes or devices do not match, or eps is negative.
     """
     x, residual, weight = check_and_promote(x, eps, residual=residual, weight=weight)  # type: ignore[assignment]
     return _add_rms_norm(x, residual, weight, eps, weight_offset)[:2]
 
 
-def _definition(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_offset: float) -> tuple[Tensor, ...]:
+def _definition(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_offset: float
+) -> tuple[Tensor, ...]:
     total = x + residual
     y, rstd = definition(total, weight, eps, weight_offset)
     return y, total, rstd
@@ -44,7 +48,13 @@ def _fake(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight
 
 
 def _backward_definition(
-    grad_y: Tensor, grad_sum: Tensor | None, total: Tensor, weight: Tensor | None, rstd: Tensor, eps: float, weight_offset: float
+    grad_y: Tensor,
+    grad_sum: Tensor | None,
+    total: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    eps: float,
+    weight_offset: float,
 ) -> tuple[Tensor, Tensor]:
     def both(total: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         return definition(total, weight, eps, weight_offset)[0], total * 1
@@ -54,7 +64,13 @@ def _backward_definition(
 
 
 def _backward_fake(
-    grad_y: Tensor, grad_sum: Tensor | None, total: Tensor, weight: Tensor | None, rstd: Tensor, eps: float, weight_offset: float
+    grad_y: Tensor,
+    grad_sum: Tensor | None,
+    total: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    eps: float,
+    weight_offset: float,
 ) -> tuple[Tensor, Tensor]:
     return backward_fake(grad_y, total, weight, rstd, eps, weight_offset)
 

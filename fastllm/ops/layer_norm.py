@@ -23,7 +23,8 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
         (..., C) in the promoted dtype. Differentiable in x, weight and bias, any number of times.
 
     Raises:
-        TypeError: an input is not a floating-point tensor. ValueError: shapes or devices do not match, or eps is negative.
+        TypeError: an input is not a floating-point tensor.
+        ValueError: shapes or devices do not match, or eps is negative.
     """
     x, weight, bias = check_and_promote(x, eps, weight=weight, bias=bias)  # type: ignore[assignment]
     return _layer_norm(x, weight, bias, eps)[0]

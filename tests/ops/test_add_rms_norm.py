@@ -23,7 +23,8 @@ def test_matches_the_formula_in_fp64_forward_and_backward(backend, device, dtype
         check_op(lambda x, r: add_rms_norm(x, r), [x, residual], dtype, backend, device, reference=plain)
     else:
         check_op(
-            lambda x, r, w: add_rms_norm(x, r, w, 1e-5, weight_offset=offset), [x, residual, weight], dtype, backend, device,
+            lambda x, r, w: add_rms_norm(x, r, w, 1e-5, weight_offset=offset), [x, residual, weight],
+            dtype, backend, device,
             reference=lambda x, r, w: plain(x, r, w, 1e-5, offset),
         )  # fmt: skip
 

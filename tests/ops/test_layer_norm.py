@@ -17,7 +17,14 @@ def test_matches_pytorch_in_fp64_forward_and_backward(backend, device, dtype, sh
     x = torch.randn(shape, dtype=torch.float64) * 3 + 1
     weight, bias = torch.randn(shape[-1], dtype=torch.float64), torch.randn(shape[-1], dtype=torch.float64)
     inputs = {"none": [x], "weight": [x, weight], "both": [x, weight, bias]}[weights]
-    check_op(layer_norm, inputs, dtype, backend, device, reference=lambda x, w=None, b=None: F.layer_norm(x, x.shape[-1:], w, b))
+    check_op(
+        layer_norm,
+        inputs,
+        dtype,
+        backend,
+        device,
+        reference=lambda x, w=None, b=None: F.layer_norm(x, x.shape[-1:], w, b),
+    )
 
 
 @each_backend

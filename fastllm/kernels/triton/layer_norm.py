@@ -1,4 +1,4 @@
-"""Layer norm: one program per row forward; backward, programs that walk over rows and sum both weight gradients in fp32."""
+"""Layer norm: one program per row forward; backward, programs that walk over rows and sum weight gradients in fp32."""
 
 from __future__ import annotations
 
@@ -107,7 +107,8 @@ def backward(
     programs = program_count(x.device, rows)
     grad_x = torch.empty_like(x)
     partials = [
-        torch.zeros(programs if t is not None else 0, channels, dtype=torch.float32, device=x.device) for t in (weight, bias)
+        torch.zeros(programs if t is not None else 0, channels, dtype=torch.float32, device=x.device)
+        for t in (weight, bias)
     ]
     if programs:
         block = _backward_block(channels)
@@ -146,7 +147,8 @@ def configurations() -> list[Configuration]:
                     label=f"layer_norm forward {t[1:]} C={channels}",
                 ),
                 Configuration(
-                    _backward_kernel, backward_signature, {**weights, "BLOCK": backward_block}, num_warps=warps_for(backward_block, 8),
+                    _backward_kernel, backward_signature, {**weights, "BLOCK": backward_block},
+                    num_warps=warps_for(backward_block, 8),
                     label=f"layer_norm backward {t[1:]} C={channels}",
                 ),
             ]  # fmt: skip

@@ -41,7 +41,9 @@ def _forward_kernel(
             inside = start + columns < channels
             x = tl.load(x_ptr + start + columns, mask=inside, other=0.0).to(tl.float32)
             if HAS_RESIDUAL:
-                total = narrow(x + tl.load(residual_ptr + start + columns, mask=inside, other=0.0).to(tl.float32), sum_ptr)
+                total = narrow(
+                    x + tl.load(residual_ptr + start + columns, mask=inside, other=0.0).to(tl.float32), sum_ptr
+                )
                 tl.store(sum_ptr + start + columns, total, mask=inside)
                 x = total.to(tl.float32)
             squares += x * x
@@ -136,7 +138,13 @@ def add_forward(
 
 
 def _launch_forward(
-    x: Tensor, residual: Tensor | None, total: Tensor | None, weight: Tensor | None, y: Tensor, eps: float, weight_offset: float
+    x: Tensor,
+    residual: Tensor | None,
+    total: Tensor | None,
+    weight: Tensor | None,
+    y: Tensor,
+    eps: float,
+    weight_offset: float,
 ) -> Tensor:
     x = x.contiguous()
     channels = x.shape[-1]
@@ -144,7 +152,8 @@ def _launch_forward(
     if rstd.numel():
         block = block_for(channels)
         _forward_kernel[(rstd.numel(),)](
-            x, x if residual is None else residual, x if total is None else total, x if weight is None else weight, y, rstd,
+            x, x if residual is None else residual, x if total is None else total, x if weight is None else weight,
+            y, rstd,
             channels, eps, weight_offset, HAS_WEIGHT=weight is not None, HAS_RESIDUAL=residual is not None,
             BLOCK=block, ONE_BLOCK=channels <= block, num_warps=warps_for(block),
         )  # fmt: skip
@@ -158,7 +167,13 @@ def backward(
 
 
 def add_backward(
-    grad_y: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor, eps: float, weight_offset: float
+    grad_y: Tensor,
+    grad_sum: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    eps: float,
+    weight_offset: float,
 ) -> tuple[Tensor, Tensor]:
     grad_y, x = grad_y.contiguous(), x.contiguous()
     rows, channels = rstd.numel(), x.shape[-1]
@@ -170,7 +185,8 @@ def add_backward(
     partial = make(partial_shape, dtype=torch.float32, device=x.device)
     if programs:
         _backward_kernel[(programs,)](
-            grad_y, x if grad_sum is None else grad_sum.contiguous(), x, x if weight is None else weight, rstd, grad_x, partial,
+            grad_y, x if grad_sum is None else grad_sum.contiguous(), x, x if weight is None else weight,
+            rstd, grad_x, partial,
             rows, channels, weight_offset, HAS_WEIGHT=weight is not None, HAS_GRAD_SUM=grad_sum is not None,
             BLOCK=block, ONE_BLOCK=channels <= block, num_warps=warps_for(block, 8),
         )  # fmt: skip
@@ -181,7 +197,14 @@ def configurations() -> list[Configuration]:
     """The specialisations behind common model widths with and without a residual, and the long-row form."""
     found = []
     for dtype in (torch.bfloat16, torch.float32):
-        for channels, residual in ((128, False), (4096, False), (4096, True), (8192, False), (8192, True), (32768, True)):
+        for channels, residual in (
+            (128, False),
+            (4096, False),
+            (4096, True),
+            (8192, False),
+            (8192, True),
+            (32768, True),
+        ):
             block = block_for(channels)
             shape = {"HAS_WEIGHT": True, "BLOCK": block, "ONE_BLOCK": channels <= block}
             t = triton_type(dtype)
@@ -196,7 +219,6 @@ def configurations() -> list[Configuration]:
             }  # fmt: skip
             found += [
                 Configuration(
-<<<<<<< HEAD
                     _forward_kernel, forward_signature, {**shape, "HAS_RESIDUAL": residual},
                     num_warps=warps_for(block), label=f"{name} forward {t[1:]} C={channels}",
                 ),
@@ -205,38 +227,4 @@ def configurations() -> list[Configuration]:
                     num_warps=warps_for(block, 8), label=f"{name} backward {t[1:]} C={channels}",
                 ),
             ]  # fmt: skip
-=======
-                    _forward_kernel,
-                    {
-                        **common,
-                        "y_ptr": t,
-                        "rstd_ptr": "*fp32",
-                        "channels": "i32:16",
-                        "eps": "fp32",
-                        "weight_offset": "fp32",
-                    },
-                    constants,
-                    num_warps=warps_for(block),
-                    label=f"rms_norm forward {t[1:]} C={channels}",
-                )
-            )
-            found.append(
-                Configuration(
-                    _backward_kernel,
-                    {
-                        "grad_y_ptr": t,
-                        **common,
-                        "rstd_ptr": "*fp32",
-                        "grad_x_ptr": t,
-                        "partial_ptr": "*fp32",
-                        "rows": "i32",
-                        "channels": "i32:16",
-                        "weight_offset": "fp32",
-                    },
-                    constants,
-                    num_warps=warps_for(block, 8),
-                    label=f"rms_norm backward {t[1:]} C={channels}",
-                )
-            )
->>>>>>> cli
     return found
