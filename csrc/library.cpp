@@ -55,7 +55,16 @@ static PyObject* capability(PyObject*, PyObject*) {
   return PyUnicode_FromString(fastllm::isa_names[int(fastllm::isa())]);
 }
 
+// For buffers that Python allocates: torch.empty does not ask.
+static PyObject* advise(PyObject*, PyObject* arguments) {
+  unsigned long long address = 0, bytes = 0;
+  if (!PyArg_ParseTuple(arguments, "KK", &address, &bytes)) return nullptr;
+  fastllm::advise_huge_pages((void*)uintptr_t(address), size_t(bytes));
+  Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
+    {"advise_huge_pages", advise, METH_VARARGS, "Asks the kernel for huge pages under (address, bytes)."},
     {"capability", capability, METH_NOARGS, "The instruction set the CPU kernels run with."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -39,3 +39,9 @@ def unavailable() -> str:
 def capability() -> str:
     """The instruction set chosen at run time: baseline, avx2, avx512 or avx512_bf16; empty without the extension."""
     return _capability
+
+
+def advise_huge_pages(address: int, size: int) -> None:
+    """Asks the operating system for huge pages under `size` bytes of fresh memory; nothing without the extension."""
+    if not _reason:
+        _C.advise_huge_pages(address, size)
