@@ -8,16 +8,20 @@ once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastllm.kernels import cpp
 from fastllm.ops import _check, _softmax_rows
 
-# Bytes of logits held at once. Larger chunks add up the weight gradient fewer times; the largest are logits whole.
+# Bytes of logits held at once. Fewer, larger chunks add up the weight gradient fewer times, so the buffer may also grow
+# to a quarter of that gradient in fp32; and from SPLIT_BYTES on the logits of all tokens are at least two chunks.
 BUFFER_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+SPLIT_BYTES = 8 << 20
 # Classes per product on the CPU: its blocked matrix product is fastest when a block of the weight stays in cache. A GPU
 # takes them all in one.
 CPU_CLASSES = 4096
@@ -46,79 +50,128 @@ def sweep(
     stats: Tensor | None = None,
     grad: Tensor | None = None,
     grad_entropy: Tensor | None = None,
-    wanted: tuple[bool, bool, bool] = (False, False, False),
+    wanted: Sequence[bool] = (False, False, False),
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Statistics (5, N) of every row and the fp32 gradients of hidden, weight and bias that are `wanted` (empty: not).
+    """Statistics (5, N) of every row and the gradients of hidden, weight and bias that are `wanted` (empty: not).
 
     Args:
         hidden: (N, C). weight: (V, C). target: (N,) int64. bias: (V,) or None.
         stats: the statistics, where an earlier sweep found them; None: found here.
         grad, grad_entropy: (N,) gradients of each row's loss and entropy.
+        dtype: of the gradients, hidden's unless given. Sums over chunks are fp32, and rounded to it once.
     """
     with torch.no_grad():
         hidden, weight = hidden.detach(), weight.detach()
         bias = None if bias is None else bias.detach().to(hidden.dtype)
-        tokens, classes = hidden.shape[0], weight.shape[0]
         if hidden.device.type == "cpu":
-            _softmax_rows.check_range(target, classes, rows.ignore_index)
+            _softmax_rows.check_range(target, weight.shape[0], rows.ignore_index)
             kept = (target != rows.ignore_index).nonzero().squeeze(-1)
-            if kept.numel() < 0.9 * tokens:  # most prompts of supervised fine-tuning: no product is spent on them
-                return _of_kept(kept, hidden, weight, target, bias, rows, stats, grad, grad_entropy, wanted)
-        retain = stats is None and any(wanted)
-        step = min(classes, CPU_CLASSES) if hidden.device.type == "cpu" else classes
-        blocks = [(first, min(first + step, classes)) for first in range(0, classes, max(step, 1))]
-        at_once = BUFFER_BYTES.get(hidden.device.type, 64 << 20) // (
-            (classes if retain else step) * hidden.element_size() or 1
-        )
-        count = max(1, -(-tokens // max(1, at_once)))  # chunks, of nearly equal size
-        size = -(-tokens // count)
-        buffer = hidden.new_empty(size * (classes if retain else step))
+            if kept.numel() < target.numel():  # prompts of supervised fine-tuning: no product is spent on them
+                return _of_kept(kept, hidden, weight, target, bias, rows, stats, grad, grad_entropy, wanted, dtype)
+        elif rows.ignore_index != _softmax_rows.NO_IGNORE:  # NaN in such a row must not reach the weight's gradient
+            hidden = hidden.masked_fill((target == rows.ignore_index).unsqueeze(-1), 0.0)
+        return _sweep(hidden, weight, target, bias, rows, stats, grad, grad_entropy, wanted, dtype or hidden.dtype)
 
-        found = hidden.new_empty((5, tokens), dtype=torch.float32) if stats is None else stats
-        grad_hidden, grad_weight, grad_bias = (
-            torch.empty(shape if want else (0,), dtype=torch.float32, device=hidden.device)
-            for shape, want in zip((hidden.shape, weight.shape, weight.shape[:1]), wanted)
-        )
-        if not tokens:
-            grad_weight.zero_(), grad_bias.zero_()
-        for begin in range(0, tokens, max(size, 1)):
-            end = min(begin + size, tokens)
-            h, t = hidden[begin:end], target[begin:end]
-            held = []
-            part = None
-            for first, last in blocks:
-                start = (end - begin) * first if retain else 0
-                block = buffer[start : start + (end - begin) * (last - first)].view(end - begin, last - first)
-                held.append(block)
-                if stats is None:
-                    _logits_into(block, h, weight, bias, first, last)
-                    part = _softmax_rows.statistics(
-                        block, t, None, part, first, rows.ignore_index, rows.logit_scale, rows.softcap,
-                        rows.temperature,
-                        rows.label_smoothing > 0, rows.with_entropy,
-                    )  # fmt: skip
-            if part is not None:
-                found[:, begin:end] = part
-            if not any(wanted):
-                continue
-            assert grad is not None
-            for (first, last), block in zip(blocks, held):
-                w = weight[first:last]
-                if not retain:
-                    _logits_into(block, h, weight, bias, first, last)
-                _softmax_rows.gradient_(
-                    block, t, None, found[:, begin:end].contiguous(), grad[begin:end],
-                    None if grad_entropy is None else grad_entropy[begin:end], first, classes, rows.ignore_index,
-                    rows.logit_scale, rows.softcap, rows.temperature, rows.label_smoothing, rows.z_loss,
+
+def _sweep(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, rows: Rows, stats: Tensor | None,
+    grad: Tensor | None, grad_entropy: Tensor | None, wanted: Sequence[bool], dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    (tokens, channels), classes = hidden.shape, weight.shape[0]
+    retain = stats is None and any(wanted)
+    size, step = _chunk(tokens, weight, retain, wanted[1])
+    blocks = [(first, min(first + step, classes)) for first in range(0, classes, step)]
+    chunks = [(begin, min(begin + size, tokens)) for begin in range(0, tokens, size)]
+    found = hidden.new_empty((5, tokens), dtype=torch.float32) if stats is None else stats
+    grad_hidden, grad_weight, grad_bias = (
+        _fresh(hidden, shape if want else (0,), dtype)
+        for shape, want in zip((hidden.shape, weight.shape, weight.shape[:1]), wanted)
+    )
+    if not tokens:
+        return found, grad_hidden, grad_weight.zero_(), grad_bias.zero_()
+
+    # A gradient that is one product is written where it belongs; one that is a sum of products adds up in fp32.
+    sum_hidden = _sum_like(grad_hidden[:size], len(blocks))
+    sum_weight = _sum_like(grad_weight, len(chunks))
+    sum_bias = hidden.new_zeros(classes if wanted[2] else 0, dtype=torch.float32)
+    buffer = _fresh(hidden, (size * (classes if retain else step),), hidden.dtype)
+    narrow = dtype == hidden.dtype  # a gradient that is not added up has no product apart from itself
+    lengths = [size * (sum_hidden is not None or not narrow), step * (sum_weight is not None or not narrow)]
+    product = _fresh(hidden, (max(lengths) * channels * any(wanted),), hidden.dtype)
+    block = buffer
+    for begin, end in chunks:
+        h, t, count = hidden[begin:end], target[begin:end], end - begin
+        held = []
+        part = None
+        for first, last in blocks:
+            start = count * first if retain else 0
+            block = buffer[start : start + count * (last - first)].view(count, last - first)
+            held.append(block)
+            if stats is None:
+                _logits_into(block, h, weight, bias, first, last)
+                part = _softmax_rows.statistics(
+                    block, t, None, part, first, rows.ignore_index, rows.logit_scale, rows.softcap, rows.temperature,
+                    rows.label_smoothing > 0, rows.with_entropy,
                 )  # fmt: skip
-                if wanted[0]:
-                    _add(grad_hidden[begin:end], block, w, fresh=first == 0)
-                if wanted[1]:
-                    _add(grad_weight[first:last], block.t(), h, fresh=begin == 0)
-                if wanted[2]:
-                    column_sums = block.sum(0, dtype=torch.float32)
-                    grad_bias[first:last] = column_sums if begin == 0 else grad_bias[first:last] + column_sums
-        return found, grad_hidden, grad_weight, grad_bias
+        if part is None:
+            part = found[:, begin:end].contiguous()
+        else:
+            found[:, begin:end] = part
+        if not any(wanted):
+            continue
+        assert grad is not None
+        for (first, last), block in zip(blocks, held):
+            if not retain:
+                _logits_into(block, h, weight, bias, first, last)
+            _softmax_rows.gradient_(
+                block, t, None, part, grad[begin:end], None if grad_entropy is None else grad_entropy[begin:end], first,
+                classes, rows.ignore_index, rows.logit_scale, rows.softcap, rows.temperature, rows.label_smoothing,
+                rows.z_loss,
+            )  # fmt: skip
+            if wanted[0]:
+                total = grad_hidden[begin:end] if sum_hidden is None else sum_hidden[:count]
+                _add(total, block, weight[first:last], product, fresh=first == 0)
+            if wanted[1]:
+                total = (grad_weight if sum_weight is None else sum_weight)[first:last]
+                _add(total, block.t(), h, product, fresh=begin == 0)
+            if wanted[2]:
+                sum_bias[first:last] += block.sum(0, dtype=torch.float32)
+        if wanted[0] and sum_hidden is not None:
+            grad_hidden[begin:end] = sum_hidden[:count]
+    del buffer, product, block, held  # before the narrow copy of the weight gradient comes to life
+    if sum_weight is not None:
+        grad_weight.copy_(sum_weight)
+    return found, grad_hidden, grad_weight, grad_bias.copy_(sum_bias)
+
+
+def _chunk(tokens: int, weight: Tensor, retain: bool, sums_weight: bool) -> tuple[int, int]:
+    """(tokens, classes) of logits that are made at once; where they are retained, chunks of tokens have all classes."""
+    classes, width = weight.shape[0], weight.element_size()
+    step = max(1, min(classes, CPU_CLASSES) if weight.device.type == "cpu" else classes)
+    budget = BUFFER_BYTES.get(weight.device.type, 64 << 20)
+    if retain and sums_weight:
+        budget = max(budget, weight.numel())
+    at_once = max(1, budget // (max(1, classes if retain else step) * width))
+    chunks = max(1, -(-tokens // at_once))
+    if (retain or step == classes) and tokens * classes * width > SPLIT_BYTES:
+        chunks = max(chunks, 2)
+    return max(1, -(-tokens // chunks)), step  # of nearly equal size
+
+
+def _sum_like(gradient: Tensor, products: int) -> Tensor | None:
+    """Where `products` add up to a gradient: fp32, or None for the gradient itself."""
+    if products == 1 or gradient.dtype == torch.float32:
+        return None
+    return _fresh(gradient, gradient.shape, torch.float32)
+
+
+def _fresh(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor; on the CPU in huge pages, without which first touches cost a tenth of the whole op."""
+    tensor = like.new_empty(shape, dtype=dtype)
+    if tensor.device.type == "cpu":
+        cpp.advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+    return tensor
 
 
 def _logits_into(block: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, first: int, last: int) -> None:
@@ -129,42 +182,43 @@ def _logits_into(block: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | N
         torch.addmm(bias[first:last], hidden, weight[first:last].t(), out=block)
 
 
-def _add(total: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
-    """total += a @ b in fp32; total = a @ b where it is `fresh`."""
-    wide = a.device.type == "cuda" and a.dtype != torch.float32
-    product = torch.mm(a, b, out_dtype=torch.float32) if wide else torch.mm(a, b)
-    total.copy_(product) if fresh else total.add_(product)
+def _add(total: Tensor, a: Tensor, b: Tensor, scratch: Tensor, fresh: bool) -> None:
+    """total += a @ b; total = a @ b where it is `fresh`. CUDA hands an fp32 total the product before it is rounded."""
+    if total.dtype == a.dtype:
+        torch.mm(a, b, out=total) if fresh else torch.addmm(total, a, b, out=total)
+    elif total.device.type == "cuda" and torch.version.hip is None:
+        if fresh:
+            torch.mm(a, b, out_dtype=total.dtype, out=total)
+        else:
+            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        product = torch.mm(a, b, out=scratch[: total.numel()].view(total.shape))
+        total.copy_(product) if fresh else total.add_(product)
 
 
 def _of_kept(
     kept: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, rows: Rows, stats: Tensor | None,
-    grad: Tensor | None, grad_entropy: Tensor | None, wanted: tuple[bool, bool, bool],
+    grad: Tensor | None, grad_entropy: Tensor | None, wanted: Sequence[bool], dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`sweep` over the rows that are not ignored, its results put back among the others."""
-    part, grad_hidden, grad_weight, grad_bias = sweep(
-        hidden[kept], weight, target[kept], bias, rows, wanted=wanted,
-        stats=None if stats is None else stats[:, kept].contiguous(),
-        grad=None if grad is None else grad[kept],
-        grad_entropy=None if grad_entropy is None else grad_entropy[kept],
+    part, grad_hidden, grad_weight, grad_bias = _sweep(
+        hidden[kept], weight, target[kept], bias, rows,
+        None if stats is None else stats[:, kept].contiguous(),
+        None if grad is None else grad[kept],
+        None if grad_entropy is None else grad_entropy[kept],
+        wanted, dtype or hidden.dtype,
     )  # fmt: skip
     if stats is None:
         stats = part.new_tensor([0.0, 1.0, 0.0, 0.0, 0.0]).unsqueeze(-1).repeat(1, hidden.shape[0])
         stats[:, kept] = part
     if wanted[0]:
-        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32).index_copy_(0, kept, grad_hidden)
+        grad_hidden = torch.zeros_like(hidden, dtype=grad_hidden.dtype).index_copy_(0, kept, grad_hidden)
     return stats, grad_hidden, grad_weight, grad_bias
 
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The plain head, as the definitions use it."""
     return F.linear(hidden, weight, None if bias is None else bias.to(hidden.dtype))
-
-
-def scaled(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """An fp32 gradient times a 0-d factor, rounded once to `dtype`, without an fp32 copy between."""
-    if factor is None:
-        return gradient.to(dtype)
-    return torch.mul(gradient, factor.to(gradient.dtype), out=torch.empty_like(gradient, dtype=dtype))
 
 
 def check_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -109,21 +109,21 @@ def check_range(target: Tensor, vocabulary: int, ignore_index: int = NO_IGNORE) 
         raise IndexError(f"target must lie in [0, {vocabulary}) for V = {vocabulary} classes{besides}, got {value}")
 
 
-def call_checked(op: Op, ignore_index: int, logits: Tensor, target: Tensor, *args: Any) -> Any:
-    """op(logits, target, *args); on the CPU a target out of range becomes an IndexError.
+def call_checked(op: Op, target: Tensor, vocabulary: int, ignore_index: int, *args: Any) -> Any:
+    """op(*args), where on the CPU a target out of range becomes an IndexError.
 
     The C++ kernels and the definition refuse such a target before they read anything with it; looking at it here only
     afterwards keeps the check out of every call that is right.
     """
     if torch.compiler.is_compiling():
-        return op(logits, target, *args)
+        return op(*args)
     if backends.forced == "triton" and target.device.type == "cpu":
-        check_range(target, logits.shape[1], ignore_index)
+        check_range(target, vocabulary, ignore_index)
     try:
-        return op(logits, target, *args)
+        return op(*args)
     except RuntimeError:
         if target.device.type == "cpu":
-            check_range(target, logits.shape[1], ignore_index)
+            check_range(target, vocabulary, ignore_index)
         raise
 
 

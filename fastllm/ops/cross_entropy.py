@@ -71,8 +71,8 @@ def cross_entropy(
     if len(shape) != 1:
         logits, target = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
     loss = _softmax_rows.call_checked(
-        _cross_entropy, ignore_index, logits, target, num_items, items, ignore_index, label_smoothing, z_loss,
-        softcap or 0.0, REDUCTIONS.index(reduction),
+        _cross_entropy, target, logits.shape[1], ignore_index, logits, target, num_items, items, ignore_index,
+        label_smoothing, z_loss, softcap or 0.0, REDUCTIONS.index(reduction),
     )[0]  # fmt: skip
     return loss.view(shape) if reduction == "none" and len(shape) != 1 else loss
 

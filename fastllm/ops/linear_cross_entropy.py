@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastllm.ops import _check, _softmax_rows
-from fastllm.ops._linear_rows import Rows, check_operands, logits, scaled, sweep
+from fastllm.ops._linear_rows import Rows, check_operands, logits, sweep
 from fastllm.ops._op import Op, vjp
 from fastllm.ops.cross_entropy import REDUCTIONS, items_argument, reduce_losses, row_losses
 
@@ -64,7 +64,8 @@ def linear_cross_entropy(
             raise ValueError(f"num_items replaces the divisor of reduction='mean', got reduction={reduction!r}")
         num_items, items = items_argument(num_items, hidden.device)
     learns = torch.is_grad_enabled()
-    loss = _linear_cross_entropy(
+    loss = _softmax_rows.call_checked(
+        _linear_cross_entropy, target, weight.shape[0], ignore_index,
         hidden.reshape(-1, hidden.shape[-1]), weight, target.reshape(-1), bias, num_items, items, ignore_index,
         label_smoothing, z_loss, softcap or 0.0, logit_scale, REDUCTIONS.index(reduction),
         learns and hidden.requires_grad, learns and weight.requires_grad,
@@ -96,13 +97,21 @@ def _definition(
     ignore_index: int, label_smoothing: float, z_loss: float, softcap: float, logit_scale: float, reduction: int,
     *_: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    if target.device.type == "cpu" and not torch.compiler.is_compiling():
-        _softmax_rows.check_range(target, weight.shape[0], ignore_index)
     losses = _losses(hidden, weight, target, bias, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     scale = _scale(target, ignore_index, num_items, items, reduction, losses.dtype)
     none = losses.new_empty(0)
     stats = losses.new_zeros(5, losses.shape[0])  # the kernels' business, as are the gradients that follow
     return reduce_losses(losses, scale, reduction), stats, scale, none, none.clone(), none.clone()
+
+
+# The gradients wait for the loss's own gradient, in fp16 training a loss scale that lifts them into the range of fp16.
+# Until it comes, fp16 has them in fp32 and without the divisor of the mean; the other dtypes have the range.
+def _kept_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+
+
+def _unscaled(scale: Tensor, hidden: Tensor) -> Tensor:
+    return torch.ones_like(scale) if hidden.dtype == torch.float16 else scale
 
 
 def _composed(
@@ -112,14 +121,12 @@ def _composed(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     rows = Rows(ignore_index, label_smoothing, z_loss, softcap, logit_scale, 1.0, False)
     at_once = REDUCTIONS[reduction] != "none"
-    # The gradient of each row's own loss; the divisor comes after the sums, in fp32, where fp16 cannot underflow.
-    ones = torch.ones((), device=hidden.device).expand(hidden.shape[0])
+    scale = _scale(target, ignore_index, num_items, items, reduction, torch.float32)
     stats, *gradients = sweep(
-        hidden, weight, target, bias, rows, grad=ones,
-        wanted=(at_once and hidden_grad, at_once and weight_grad, at_once and bias_grad),
+        hidden, weight, target, bias, rows, grad=_unscaled(scale, hidden).expand(hidden.shape[0]),
+        wanted=(at_once and hidden_grad, at_once and weight_grad, at_once and bias_grad), dtype=_kept_dtype(hidden),
     )  # fmt: skip
     losses = _softmax_rows.losses(stats, target, weight.shape[0], ignore_index, label_smoothing, z_loss)
-    scale = _scale(target, ignore_index, num_items, items, reduction, torch.float32)
     return reduce_losses(losses, scale, reduction), stats, scale, *gradients
 
 
@@ -136,7 +143,7 @@ def _fake(
         hidden.new_empty((5, rows), dtype=dtype),
         hidden.new_empty((), dtype=dtype),
         *(
-            hidden.new_empty(s if learn and not whole else (0,), dtype=torch.float32)
+            hidden.new_empty(s if learn and not whole else (0,), dtype=_kept_dtype(hidden))
             for s, learn in zip(shapes, learns)
         ),
     )
@@ -162,18 +169,21 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
             return reduce_losses(_losses(hidden, weight, target, bias, *ctx.how), scale, ctx.reduction)
 
         grad_hidden, grad_weight, grad_bias = vjp(loss, (hidden, weight, bias), (grad_loss,))
-    else:
-        if REDUCTIONS[ctx.reduction] == "none":
-            gradients = list(linear_rows_backward(
-                hidden, weight, target, bias, stats, -grad_loss.float(), None, *ctx.how, 1.0, *learns
-            ))  # fmt: skip
-            factor = None
-        else:
-            factor = scale * grad_loss
-        grad_hidden, grad_weight, grad_bias = (
-            scaled(g, factor, t.dtype) if learn else None
-            for g, t, learn in zip(gradients, (hidden, weight, bias), learns)
+    elif REDUCTIONS[ctx.reduction] == "none" or any(
+        t is not None and t.requires_grad and not learn for t, learn in zip((hidden, weight, bias), learns)
+    ):  # also a graph that was traced while an operand was frozen
+        learns = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
+        grad_rows = (scale * grad_loss).expand(target.shape)
+        grad_hidden, grad_weight, grad_bias = linear_rows_backward(
+            hidden, weight, target, bias, stats, -grad_rows, None, *ctx.how, 1.0, *learns
         )
+    else:
+        factor = scale * grad_loss if hidden.dtype == torch.float16 else grad_loss
+        grad_hidden, grad_weight, grad_bias = (g * factor for g in gradients)
+    grad_hidden, grad_weight, grad_bias = (
+        g.to(t.dtype) if learn and g is not None else None
+        for g, t, learn in zip((grad_hidden, grad_weight, grad_bias), (hidden, weight, bias), learns)
+    )
     return grad_hidden, grad_weight, None, grad_bias, *(None,) * 11
 
 
@@ -183,14 +193,15 @@ def _rows_backward_definition(
     logit_scale: float, temperature: float, *learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     def scores(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        hidden = hidden.masked_fill((target == ignore_index).unsqueeze(-1), 0.0)
         z = _softmax_rows.transform(logits(hidden, weight, bias), None, logit_scale, softcap, temperature)
         losses = row_losses(z, target, ignore_index, label_smoothing, z_loss, 0.0)
         logp = z.log_softmax(-1)
         return -losses, -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
 
     grads = vjp(scores, (hidden, weight, bias), (grad_logprobs, grad_entropy))
-    empty = hidden.new_empty(0, dtype=torch.float32)
-    return tuple(g.float() if learn and g is not None else empty.clone() for g, learn in zip(grads, learns))  # type: ignore[return-value]
+    none = hidden.new_empty(0)
+    return tuple(g.to(hidden.dtype) if learn and g is not None else none.clone() for g, learn in zip(grads, learns))  # type: ignore[return-value]
 
 
 def _rows_backward_composed(
@@ -200,22 +211,14 @@ def _rows_backward_composed(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rows = Rows(ignore_index, label_smoothing, z_loss, softcap, logit_scale, temperature, grad_entropy is not None)
     _, *gradients = sweep(
-        hidden,
-        weight,
-        target,
-        bias,
-        rows,
-        stats=stats,
-        grad=-grad_logprobs,
-        grad_entropy=grad_entropy,
-        wanted=(learns[0], learns[1], learns[2]),
+        hidden, weight, target, bias, rows, stats=stats, grad=-grad_logprobs, grad_entropy=grad_entropy, wanted=learns
     )
     return tuple(gradients)  # type: ignore[return-value]
 
 
 def _rows_backward_fake(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    return tuple(hidden.new_empty(s if learn else (0,), dtype=torch.float32) for s, learn in zip(shapes, rest[-3:]))
+    return tuple(hidden.new_empty(s if learn else (0,)) for s, learn in zip(shapes, rest[-3:]))
 
 
 linear_rows_backward = Op(

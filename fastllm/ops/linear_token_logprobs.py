@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastllm.ops import _check, _softmax_rows
-from fastllm.ops._linear_rows import Rows, check_operands, logits, scaled, sweep
+from fastllm.ops._linear_rows import Rows, check_operands, logits, sweep
 from fastllm.ops._op import Op, vjp
 from fastllm.ops.linear_cross_entropy import linear_rows_backward
 
@@ -62,16 +62,11 @@ def linear_token_logprobs(
     if softcap is not None:
         _check.in_range("softcap", softcap, 0.0, open_low=True)
     _check.in_range("logit_scale", logit_scale, float("-inf"))
-    logprobs, entropy, _ = _linear_token_logprobs(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        target.reshape(-1),
-        bias,
-        softcap or 0.0,
-        logit_scale,
-        temperature,
-        with_entropy,
-    )
+    logprobs, entropy, _ = _softmax_rows.call_checked(
+        _linear_token_logprobs, target, weight.shape[0], _softmax_rows.NO_IGNORE,
+        hidden.reshape(-1, hidden.shape[-1]), weight, target.reshape(-1), bias, softcap or 0.0, logit_scale,
+        temperature, with_entropy,
+    )  # fmt: skip
     return (logprobs.view(shape), entropy.view(shape)) if with_entropy else logprobs.view(shape)
 
 
@@ -79,8 +74,6 @@ def _definition(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, softcap: float, logit_scale: float,
     temperature: float, with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    if target.device.type == "cpu" and not torch.compiler.is_compiling():
-        _softmax_rows.check_range(target, weight.shape[0])
     z = _softmax_rows.transform(logits(hidden, weight, bias), None, logit_scale, softcap, temperature)
     logp = z.log_softmax(-1)
     entropy = logp.new_empty(0)
@@ -135,9 +128,7 @@ def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | Non
             hidden, weight, target, bias, stats, grad_logprobs, grad_entropy, _softmax_rows.NO_IGNORE, 0.0, 0.0,
             softcap, logit_scale, temperature, *ctx.learns,
         )  # fmt: skip
-        grads = tuple(
-            scaled(g, None, t.dtype) if learn else None for g, t, learn in zip(wide, (hidden, weight, bias), ctx.learns)
-        )
+        grads = tuple(g.to(t.dtype) if learn else None for g, t, learn in zip(wide, (hidden, weight, bias), ctx.learns))
     return grads[0], grads[1], None, grads[2], None, None, None, None
 
 

@@ -61,8 +61,9 @@ def token_logprobs(
     if len(shape) != 1:
         logits, target = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
     logprobs, entropy, _ = _softmax_rows.call_checked(
-        _token_logprobs, _softmax_rows.NO_IGNORE, logits, target, temperature, softcap or 0.0, with_entropy
-    )
+        _token_logprobs, target, logits.shape[1], _softmax_rows.NO_IGNORE, logits, target, temperature, softcap or 0.0,
+        with_entropy,
+    )  # fmt: skip
     if len(shape) != 1:
         logprobs, entropy = logprobs.view(shape), entropy.view(shape) if with_entropy else entropy
     return (logprobs, entropy) if with_entropy else logprobs
