@@ -18,8 +18,8 @@ from torch import Tensor
 from fastllm.kernels import cpp
 from fastllm.ops import _check, _softmax_rows
 
-# Bytes of logits held at once. Fewer, larger chunks add up the weight gradient fewer times, so the buffer may also grow
-# to a quarter of that gradient in fp32; and from SPLIT_BYTES on the logits of all tokens are at least two chunks.
+# Bytes of logits held at once. Larger chunks add up the weight gradient fewer times, so the buffer may also grow to a
+# quarter of that gradient in fp32; and from SPLIT_BYTES on the logits of all tokens are at least two chunks.
 BUFFER_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 SPLIT_BYTES = 8 << 20
 # Classes per product on the CPU: its blocked matrix product is fastest when a block of the weight stays in cache. A GPU
@@ -91,9 +91,11 @@ def _sweep(
     if not tokens:
         return found, grad_hidden, grad_weight.zero_(), grad_bias.zero_()
 
-    # A gradient that is one product is written where it belongs; one that is a sum of products adds up in fp32.
-    sum_hidden = _sum_like(grad_hidden[:size], len(blocks))
-    sum_weight = _sum_like(grad_weight, len(chunks))
+    # A gradient that is one product is written where it belongs, and on the CPU also one that is two: the first is then
+    # an addend inside the second, which adds up in fp32. A sum of more products has an fp32 matrix to add up in.
+    at_most = 2 if hidden.device.type == "cpu" else 1
+    sum_hidden = _sum_like(grad_hidden[:size], len(blocks) > at_most)
+    sum_weight = _sum_like(grad_weight, len(chunks) > at_most)
     sum_bias = hidden.new_zeros(classes if wanted[2] else 0, dtype=torch.float32)
     buffer = _fresh(hidden, (size * (classes if retain else step),), hidden.dtype)
     narrow = dtype == hidden.dtype  # a gradient that is not added up has no product apart from itself
@@ -152,6 +154,8 @@ def _chunk(tokens: int, weight: Tensor, retain: bool, sums_weight: bool) -> tupl
     budget = BUFFER_BYTES.get(weight.device.type, 64 << 20)
     if retain and sums_weight:
         budget = max(budget, weight.numel())
+        if weight.device.type == "cpu" and tokens * classes * width <= 2 * (budget + 4 * weight.numel()):
+            budget += 4 * weight.numel()  # two chunks do without the fp32 sum
     at_once = max(1, budget // (max(1, classes if retain else step) * width))
     chunks = max(1, -(-tokens // at_once))
     if (retain or step == classes) and tokens * classes * width > SPLIT_BYTES:
@@ -159,9 +163,9 @@ def _chunk(tokens: int, weight: Tensor, retain: bool, sums_weight: bool) -> tupl
     return max(1, -(-tokens // chunks)), step  # of nearly equal size
 
 
-def _sum_like(gradient: Tensor, products: int) -> Tensor | None:
-    """Where `products` add up to a gradient: fp32, or None for the gradient itself."""
-    if products == 1 or gradient.dtype == torch.float32:
+def _sum_like(gradient: Tensor, apart: bool) -> Tensor | None:
+    """Where products add up to a gradient: an fp32 matrix, or None for the gradient itself."""
+    if not apart or gradient.dtype == torch.float32:
         return None
     return _fresh(gradient, gradient.shape, torch.float32)
 
@@ -214,6 +218,13 @@ def _of_kept(
     if wanted[0]:
         grad_hidden = torch.zeros_like(hidden, dtype=grad_hidden.dtype).index_copy_(0, kept, grad_hidden)
     return stats, grad_hidden, grad_weight, grad_bias
+
+
+def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient * factor, a 0-d tensor."""
+    if type(gradient) is not Tensor or torch.compiler.is_compiling():  # being traced: no memory to speak of
+        return gradient * factor
+    return torch.mul(gradient, factor, out=_fresh(gradient, gradient.shape, gradient.dtype))
 
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastllm.ops import _check, _softmax_rows
-from fastllm.ops._linear_rows import Rows, check_operands, logits, sweep
+from fastllm.ops._linear_rows import Rows, check_operands, logits, scaled, sweep
 from fastllm.ops._op import Op, vjp
 from fastllm.ops.cross_entropy import REDUCTIONS, items_argument, reduce_losses, row_losses
 
@@ -179,7 +179,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
         )
     else:
         factor = scale * grad_loss if hidden.dtype == torch.float16 else grad_loss
-        grad_hidden, grad_weight, grad_bias = (g * factor for g in gradients)
+        grad_hidden, grad_weight, grad_bias = (scaled(g, factor) for g in gradients)
     grad_hidden, grad_weight, grad_bias = (
         g.to(t.dtype) if learn and g is not None else None
         for g, t, learn in zip((grad_hidden, grad_weight, grad_bias), (hidden, weight, bias), learns)

@@ -190,7 +190,8 @@ def test_a_chunk_is_never_all_logits_unless_they_are_few(tokens, channels, class
     held = size * (classes if retain else step)
     assert held < max(tokens, 1) * classes or held * dtype.itemsize <= _linear_rows.SPLIT_BYTES
     row = classes if retain else step
-    assert held * dtype.itemsize <= max(_linear_rows.BUFFER_BYTES["cpu"], weight.numel(), row * dtype.itemsize)
+    most = max(_linear_rows.BUFFER_BYTES["cpu"], weight.numel()) + 4 * weight.numel() * (2 * size >= tokens)
+    assert held * dtype.itemsize <= max(most, row * dtype.itemsize)
     assert size >= 1
     assert step >= 1
 
