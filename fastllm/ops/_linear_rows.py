@@ -18,8 +18,8 @@ from torch import Tensor
 from fastllm.kernels import cpp
 from fastllm.ops import _check, _softmax_rows
 
-# Bytes of logits held at once. Larger chunks add up the weight gradient fewer times, so the buffer may also grow to a
-# quarter of that gradient in fp32; and from SPLIT_BYTES on the logits of all tokens are at least two chunks.
+# Bytes of logits held at once. Larger chunks add up the weight gradient fewer times, so where that needs an fp32 matrix
+# the buffer may also grow to a quarter of it; and from SPLIT_BYTES on the logits of all tokens are at least two chunks.
 BUFFER_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 SPLIT_BYTES = 8 << 20
 # Classes per product on the CPU: its blocked matrix product is fastest when a block of the weight stays in cache. A GPU
@@ -152,7 +152,7 @@ def _chunk(tokens: int, weight: Tensor, retain: bool, sums_weight: bool) -> tupl
     classes, width = weight.shape[0], weight.element_size()
     step = max(1, min(classes, CPU_CLASSES) if weight.device.type == "cpu" else classes)
     budget = BUFFER_BYTES.get(weight.device.type, 64 << 20)
-    if retain and sums_weight:
+    if retain and sums_weight and width < 4:
         budget = max(budget, weight.numel())
         if weight.device.type == "cpu" and tokens * classes * width <= 2 * (budget + 4 * weight.numel()):
             budget += 4 * weight.numel()  # two chunks do without the fp32 sum
@@ -221,9 +221,11 @@ def _of_kept(
 
 
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient * factor, a 0-d tensor."""
+    """gradient * factor, a 0-d tensor; in place where the graph that holds the gradient is about to be freed."""
     if type(gradient) is not Tensor or torch.compiler.is_compiling():  # being traced: no memory to speak of
         return gradient * factor
+    if not torch._C._autograd._get_current_graph_task_keep_graph():
+        return gradient.mul_(factor)
     return torch.mul(gradient, factor, out=_fresh(gradient, gradient.shape, gradient.dtype))
 
 

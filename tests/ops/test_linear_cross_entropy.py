@@ -190,7 +190,9 @@ def test_a_chunk_is_never_all_logits_unless_they_are_few(tokens, channels, class
     held = size * (classes if retain else step)
     assert held < max(tokens, 1) * classes or held * dtype.itemsize <= _linear_rows.SPLIT_BYTES
     row = classes if retain else step
-    most = max(_linear_rows.BUFFER_BYTES["cpu"], weight.numel()) + 4 * weight.numel() * (2 * size >= tokens)
+    most = _linear_rows.BUFFER_BYTES["cpu"]
+    if dtype != torch.float32:
+        most = max(most, weight.numel()) + 4 * weight.numel() * (2 * size >= tokens)
     assert held * dtype.itemsize <= max(most, row * dtype.itemsize)
     assert size >= 1
     assert step >= 1
@@ -263,6 +265,8 @@ def test_two_backward_passes_and_checkpointing_agree():
     hidden, weight = hidden.float().requires_grad_(), weight.float().requires_grad_()
     loss = linear_cross_entropy(hidden, weight, target)
     first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    for g in torch.autograd.grad(loss * 3, (hidden, weight), retain_graph=True):
+        g.zero_()
     torch.testing.assert_close(torch.autograd.grad(loss, (hidden, weight)), first, rtol=0, atol=0)
     for reentrant in (False, True):
         loss = checkpoint(linear_cross_entropy, hidden, weight, target, use_reentrant=reentrant)
