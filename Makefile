@@ -17,7 +17,7 @@ help: ## this list
 install: .venv/.installed fastllm/_C.abi3.so ## the environment in .venv and the C++ kernels, nothing more
 
 demo: install ## the main job: train a small Llama on real text, unpatched and patched, and print the comparison
-	@$(PY) -m bench demo $(ARGS)
+	@$(PY) -m bench.demo $(ARGS)
 
 # A worker per core, and threads that sleep while they wait: spinning ones would take the cores from the other workers.
 test: install ## every test
@@ -32,7 +32,7 @@ bench: install ## each op beside its peers, with the bandwidth limit of this mac
 	@$(PY) -m bench $(ARGS)
 
 sweep: install ## patch every causal-LM family of the installed transformers and compare it with the unpatched model
-	@$(PY) -m bench sweep $(ARGS)
+	@$(PY) -m fastllm.patching.sweep --markdown docs/families.md --least 130 $(ARGS)
 
 docs: install ## write docs/ops from the docstrings
 	@$(PY) docs/generate.py

@@ -66,7 +66,7 @@ def verify(found: Found, dtype: torch.dtype) -> str:
 
 
 def _could_be_activation(module: nn.Module) -> bool:
-    return not any(True for _ in module.parameters()) and not module._modules and probing.required_arguments(module) == 1
+    return not any(True for _ in module.parameters()) and not module._modules and probing.takes_one_argument(module)
 
 
 @functools.cache
@@ -74,7 +74,7 @@ def _multiplied(parent: type) -> frozenset[str]:
     """Names of ``self.<name>`` whose call some method of the class multiplies: ``self.act(x) * y`` or ``y * self.act(x)``,
     directly or through a variable."""
     found: set[str] = set()
-    for method in {m for cls in parent.__mro__[:-1] if cls is not nn.Module for m in vars(cls).values()}:
+    for method in [m for cls in parent.__mro__[:-1] if cls is not nn.Module for m in vars(cls).values()]:
         function = inspect.unwrap(method) if inspect.isfunction(method) else None
         if function is None or not any("act" in n or "glu" in n for n in function.__code__.co_names):
             continue

@@ -60,7 +60,7 @@ def verify(found: Found, dtype: torch.dtype) -> str:
         return ""  # the loss is verified with its head; the model's forward is its own
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    head = nn.Linear(24, 53, bias=found.module.bias is not None)
+    head = nn.Linear(24, 53, bias=found.module.bias is not None, device="meta")  # initialising draws random numbers
     weight = probing.random((53, 24), dtype, probing.device_of(found.module))
     head.weight = nn.Parameter(weight)
     if head.bias is not None:

@@ -29,12 +29,12 @@ def find(model: nn.Module) -> Iterator[Found | Skipped]:
         if occupied(module, slot):
             yield Skipped(path, OP, "its forward was replaced by other code")
             continue
-        kind = (type(module), channels, tuple(sorted(_numbers(module).items())), tuple(module._parameters))
+        kind = (type(module), channels, tuple(sorted(probing.small_numbers(module).items())), tuple(module._parameters))
         if kind not in seen:
             seen[kind] = _recognise(module, channels)
         settings = seen[kind]
         if isinstance(settings, str):
-            if "norm" in type(module).__name__.lower():
+            if "rms" in type(module).__name__.lower():
                 yield Skipped(path, OP, settings)
             continue
         yield Found(path, module, slot, settings, kind)
@@ -62,20 +62,15 @@ def verify(found: Found, dtype: torch.dtype) -> str:
 def _channels(module: nn.Module) -> int | None:
     """The width of a module that could be a norm: at most one parameter, which is 1-D, no children, no buffers, an
     epsilon, and a forward of one argument. None for any other."""
-    if module._modules or any(b is not None for b in module._buffers.values()) or not _numbers(module):
+    if module._modules or any(b is not None for b in module._buffers.values()) or not probing.small_numbers(module):
         return None
     parameters = [p for p in module._parameters.values() if p is not None]
-    if len(parameters) > 1 or probing.required_arguments(module) != 1:
+    if len(parameters) > 1 or not probing.takes_one_argument(module):
         return None
     if not parameters:
         return 64  # any width will do: there is no weight to match
     shape = probing.full_shape(parameters[0])
     return shape[0] if len(shape) == 1 else None
-
-
-def _numbers(module: nn.Module) -> dict[str, float]:
-    """Small positive attributes: one of them is the epsilon."""
-    return {n: v for n, v in vars(module).items() if isinstance(v, float) and 0 < v <= 1e-2}
 
 
 def _recognise(module: nn.Module, channels: int) -> dict[str, Any] | str:
@@ -91,7 +86,7 @@ def _recognise(module: nn.Module, channels: int) -> dict[str, Any] | str:
             expected = original_forward(clone)(x)
             if not isinstance(expected, Tensor) or expected.shape != x.shape:
                 return "its output has another shape than its input"
-            for eps in dict.fromkeys(_numbers(module).values()):
+            for eps in dict.fromkeys(probing.small_numbers(module).values()):
                 for offset in (0.0, 1.0) if name else (0.0,):
                     if torch.allclose(ops.rms_norm(x, weight, eps, weight_offset=offset), expected, rtol=1e-4, atol=1e-5):
                         half = x.to(torch.bfloat16)
