@@ -23,14 +23,16 @@ from statistics import median
 from typing import Any
 
 SIDES = ("unpatched", "patched")
-CONTEXT, BATCH, BOS = 256, 8, 256
+CONTEXT, BATCH, BOS = 256, 16, 256
 BLOCK = 10  # steps a side runs before the other has its turn
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=100, help="training steps of each side (default 100)")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/demo"), help="folder for the plot and the numbers")
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench/results/demo"), help="folder for the plot and the numbers"
+    )
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.steps < 1:
@@ -63,7 +65,7 @@ def train(side: str, steps: int) -> None:
     text = text[64 * CONTEXT :]
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=257, hidden_size=384, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=6,
+        vocab_size=257, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4,
         max_position_embeddings=CONTEXT, tie_word_embeddings=True,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).train()
@@ -133,7 +135,8 @@ def take_turns(steps: int) -> dict[str, dict[str, Any]]:
     """Runs both sides, block by block; returns what each measured."""
     command = [sys.executable, "-W", "ignore", "-m", "bench.demo", "--steps", str(steps), "--side"]
     processes = {
-        side: subprocess.Popen([*command, side], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for side in SIDES
+        side: subprocess.Popen([*command, side], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for side in SIDES
     }
     runs: dict[str, dict[str, Any]] = {side: {"losses": [], "seconds": []} for side in SIDES}
     for side, process in processes.items():
@@ -148,7 +151,10 @@ def take_turns(steps: int) -> dict[str, dict[str, Any]]:
             runs[side]["losses"] += block["losses"]
             runs[side]["seconds"] += block["seconds"]
         done = len(runs["patched"]["losses"])
-        print(f"  step {done:4d}   loss {runs['unpatched']['losses'][-1]:.4f} unpatched, {runs['patched']['losses'][-1]:.4f} patched", flush=True)
+        print(
+            f"  step {done:4d}   loss {runs['unpatched']['losses'][-1]:.4f} unpatched, {runs['patched']['losses'][-1]:.4f} patched",
+            flush=True,
+        )
     for side, process in processes.items():
         runs[side].update(answer(process, "finish"))
         process.wait()

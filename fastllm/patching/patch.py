@@ -166,7 +166,11 @@ def _backend(rule: Any, module: nn.Module) -> str:
     device = parameter.device if parameter is not None else torch.device("cpu")
     dtype = parameter.dtype if parameter is not None else torch.float32
     op = _op.PUBLIC[getattr(rule, "KERNEL", rule.OP)]
-    return "chosen when the weights have a device" if device.type == "meta" else backends.select(op.name, op.kernels, device, dtype)
+    return (
+        "chosen when the weights have a device"
+        if device.type == "meta"
+        else backends.select(op.name, op.kernels, device, dtype)
+    )
 
 
 def _reasons(report: PatchReport, op: str) -> str:

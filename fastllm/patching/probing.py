@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from fastllm.patching.replacement import Replacement
 
 
-def random(shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, scale: float = 1.0, seed: int = 0) -> Tensor:
+def random(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, scale: float = 1.0, seed: int = 0
+) -> Tensor:
     """Normal values from a generator of their own."""
     values = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed + sum(shape))) * scale
     return values.to(device=device, dtype=dtype)

@@ -100,7 +100,7 @@ def _small(config: Any) -> dict[str, Any]:
     return chosen
 
 
-def tiny_model(family: str) -> nn.Module:
+def tiny_model(family: str) -> Any:
     """A random model of the family, small, in fp32, ready to train, with parameters away from their initial zeros and ones."""
     from transformers import AutoModelForCausalLM
 
@@ -143,7 +143,10 @@ def check(family: str) -> Result:
         layers, patched = _layers(model, [record.path for record in report.patched])
         result = Result(family, "matches", counts=report.counts, layers=layers, layers_patched=patched)
         if not report.patched:
-            result.status, result.reason = "nothing to patch", "; ".join(sorted({f"{s.op}: {s.reason}" for s in report.skipped}))
+            result.status, result.reason = (
+                "nothing to patch",
+                "; ".join(sorted({f"{s.op}: {s.reason}" for s in report.skipped})),
+            )
             return result
         result.error, where = _difference(before, _run(model, ids))
         if not result.error <= 1e-4:
@@ -222,7 +225,9 @@ def table(results: list[Result]) -> str:
     ]
     for r in by["matches"] + by["wrong"]:
         numbers = " | ".join(str(r.counts.get(op, "")) for op in ("rms_norm", "layer_norm", "rope", "glu", "loss"))
-        lines.append(f"| {r.family} | {r.status} {r.reason} | {r.layers_patched}/{r.layers} | {numbers} | {r.error:.1e} |")
+        lines.append(
+            f"| {r.family} | {r.status} {r.reason} | {r.layers_patched}/{r.layers} | {numbers} | {r.error:.1e} |"
+        )
     lines += ["", "| family | not covered | why |", "|---|---|---|"]
     lines += [f"| {r.family} | {r.status} | {r.reason} |" for r in by["nothing to patch"] + by["not built"]]
     return "\n".join(lines) + "\n"

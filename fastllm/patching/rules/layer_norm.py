@@ -23,7 +23,12 @@ def find(model: nn.Module) -> Iterator[Found | Skipped]:
         width = _width(module)
         if width is None:
             continue
-        kind = (type(module), width, tuple(sorted(probing.small_numbers(module).items())), module._parameters.get("bias") is None)
+        kind = (
+            type(module),
+            width,
+            tuple(sorted(probing.small_numbers(module).items())),
+            module._parameters.get("bias") is None,
+        )
         if kind not in seen:
             seen[kind] = _recognise(module, width)
         settings = seen[kind]
@@ -50,7 +55,9 @@ def bind(module: nn.Module, settings: dict[str, Any]) -> Callable[..., Tensor]:
 def verify(found: Found, dtype: torch.dtype) -> str:
     clone = probing.clone_with_random_parameters(found.module, dtype)
     x = probing.random((3, 5, _width(found.module) or 1), dtype, probing.device_of(found.module), scale=2.0)
-    return probing.disagreement(original_forward(clone), bind(clone, found.settings), [x], list(clone.parameters()), dtype)
+    return probing.disagreement(
+        original_forward(clone), bind(clone, found.settings), [x], list(clone.parameters()), dtype
+    )
 
 
 def _width(module: nn.Module) -> int | None:
@@ -67,7 +74,10 @@ def _width(module: nn.Module) -> int | None:
 def _recognise(module: nn.Module, width: int) -> dict[str, Any] | None:
     device = probing.device_of(module)
     clone = probing.clone_with_random_parameters(module, torch.float32)
-    x = probing.random((4, width), torch.float32, device) * torch.tensor([[1e-3], [1e-2], [1.0], [30.0]], device=device) + 0.01
+    x = (
+        probing.random((4, width), torch.float32, device) * torch.tensor([[1e-3], [1e-2], [1.0], [30.0]], device=device)
+        + 0.01
+    )
     try:
         with torch.no_grad():
             expected = original_forward(clone)(x)

@@ -56,7 +56,9 @@ def bind(module: nn.Module, settings: dict[str, Any]) -> Callable[..., Tensor]:
 def verify(found: Found, dtype: torch.dtype) -> str:
     clone = probing.clone_with_random_parameters(found.module, dtype)
     x = probing.random((3, 5, _channels(found.module) or 1), dtype, probing.device_of(found.module), scale=2.0)
-    return probing.disagreement(original_forward(clone), bind(clone, found.settings), [x], list(clone.parameters()), dtype)
+    return probing.disagreement(
+        original_forward(clone), bind(clone, found.settings), [x], list(clone.parameters()), dtype
+    )
 
 
 def _channels(module: nn.Module) -> int | None:
@@ -80,7 +82,9 @@ def _recognise(module: nn.Module, channels: int) -> dict[str, Any] | str:
     clone = probing.clone_with_random_parameters(module, torch.float32)
     weight = clone._parameters[name] if name else None
     # A row of tiny values shows the epsilon, a row of large ones the rest.
-    x = probing.random((4, channels), torch.float32, device) * torch.tensor([[1e-3], [1e-2], [1.0], [30.0]], device=device)
+    x = probing.random((4, channels), torch.float32, device) * torch.tensor(
+        [[1e-3], [1e-2], [1.0], [30.0]], device=device
+    )
     try:
         with torch.no_grad():
             expected = original_forward(clone)(x)
@@ -88,7 +92,9 @@ def _recognise(module: nn.Module, channels: int) -> dict[str, Any] | str:
                 return "its output has another shape than its input"
             for eps in dict.fromkeys(probing.small_numbers(module).values()):
                 for offset in (0.0, 1.0) if name else (0.0,):
-                    if torch.allclose(ops.rms_norm(x, weight, eps, weight_offset=offset), expected, rtol=1e-4, atol=1e-5):
+                    if torch.allclose(
+                        ops.rms_norm(x, weight, eps, weight_offset=offset), expected, rtol=1e-4, atol=1e-5
+                    ):
                         half = x.to(torch.bfloat16)
                         keeps = original_forward(clone)(half).dtype == torch.bfloat16  # with an fp32 weight
                         return {"weight": name, "eps": eps, "weight_offset": offset, "cast_back": keeps}

@@ -61,14 +61,16 @@ def verify(found: Found, dtype: torch.dtype) -> str:
             if _fails(original, q, k, cos, sin):
                 continue  # a family that does not rotate a part of the head inside this function
 
-            def both(rotate: Callable[..., Any], q: Tensor, k: Tensor) -> Tensor:
-                # the tables follow q into fp32, so that the reference is exact for the very same angles
-                return torch.cat(rotate(q, k, cos.to(q.dtype), sin.to(q.dtype)), dim=1)
-
-            problem = probing.disagreement(functools.partial(both, original), functools.partial(both, replaced), [q, k], [], dtype)
+            one, other = (functools.partial(_both, rotate, cos, sin) for rotate in (original, replaced))
+            problem = probing.disagreement(one, other, [q, k], [], dtype)
             if problem:
                 return f"{name}: {problem}"
     return ""
+
+
+def _both(rotate: Callable[..., Any], cos: Tensor, sin: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """q and k rotated, as one tensor. The tables follow q into fp32: the reference is exact for the very same angles."""
+    return torch.cat(rotate(q, k, cos.to(q.dtype), sin.to(q.dtype)), dim=1)
 
 
 def _globals_called(function: Any) -> list[str]:
