@@ -69,7 +69,7 @@ def train(side: str, steps: int) -> None:
         max_position_embeddings=CONTEXT, tie_word_embeddings=True,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
     report = ""
     if side == "patched":
         import fastllm
@@ -92,10 +92,11 @@ def train(side: str, steps: int) -> None:
         while len(losses) < steps:
             began = time.perf_counter()
             for group in optimizer.param_groups:
-                group["lr"] = 2e-3 * min(1.0, (len(losses) + 1) / 20)
+                group["lr"] = 1e-3 * min(1.0, (len(losses) + 1) / 20)
             ids = batch()
             loss = model(input_ids=ids, labels=ids).loss
             loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
