@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=100, help="training steps of each side (default 100)")
     parser.add_argument(
-        "--out", type=Path, default=Path("bench/results/demo"), help="folder for the plot and the numbers"
+        "--out", type=Path, default=Path("demo-results"), help="folder for the plot and the numbers"
     )
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
