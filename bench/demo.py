@@ -30,9 +30,7 @@ BLOCK = 10  # steps a side runs before the other has its turn
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=100, help="training steps of each side (default 100)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("demo-results"), help="folder for the plot and the numbers"
-    )
+    parser.add_argument("--out", type=Path, default=Path("demo-results"), help="folder for the plot and the numbers")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.steps < 1:

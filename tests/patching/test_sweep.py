@@ -1,10 +1,25 @@
 """A sample of the sweep over all families; `make sweep` runs all of them."""
 
+import importlib
+
 import pytest
 
 from fastllm.patching import sweep
 
-SAMPLE = ("llama", "falcon", "gptj", "olmo2", "deepseek_v3", "gemma3n_text", "granitemoehybrid", "mamba", "opt", "gpt_oss", "stablelm", "bart")
+SAMPLE = (
+    "llama",
+    "falcon",
+    "gptj",
+    "olmo2",
+    "deepseek_v3",
+    "gemma3n_text",
+    "granitemoehybrid",
+    "mamba",
+    "opt",
+    "gpt_oss",
+    "stablelm",
+    "bart",
+)
 
 
 @pytest.mark.parametrize("family", SAMPLE)
@@ -31,7 +46,7 @@ def test_a_wrong_family_is_caught(monkeypatch):
     monkeypatch.setattr(ops, "rms_norm", lambda *a, **k: right(*a, **k) * 1.01)
     assert sweep.check("llama").counts.get("rms_norm", 0) == 0  # verification puts such a norm back
     monkeypatch.setattr(ops, "rms_norm", right)
-    monkeypatch.setattr("fastllm.patching.patch._verify", lambda *_: "")
+    monkeypatch.setattr(importlib.import_module("fastllm.patching.patch"), "_verify", lambda *_: "")
     from fastllm.patching.rules import rope
 
     monkeypatch.setattr(rope.ops, "apply_rope", lambda q, k, *_, **__: (q, k))
