@@ -48,7 +48,7 @@ clean: ## remove the environment and everything built
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "fastllm needs Python 3.10 or newer; say which with PYTHON=python3.11"; exit 1; }
 	@test -x $(PY) || { echo "Making the environment in .venv"; $(PYTHON) -m venv .venv; }
 	@echo "Installing torch and the other dependencies (a few minutes the first time)"
-	@if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! $(PY) -m pip config list | grep -qE 'index-url|find-links'; then \
+	@if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! $(PY) -m pip config list | grep -E 'index-url|find-links' >/dev/null; then \
 	  export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu; fi; \
 	$(PIP) install -c constraints.txt torch "setuptools>=77" wheel && \
 	$(PIP) install -c constraints.txt --no-build-isolation -e ".[dev]"
