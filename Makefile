@@ -29,7 +29,7 @@ lint: install ## ruff and mypy
 	@.venv/bin/mypy
 
 bench: install ## each op beside its peers, with the bandwidth limit of this machine
-	@$(PY) -m bench $(ARGS)
+	@$(PY) -m bench $(or $(ARGS),kernels)
 
 sweep: install ## patch every causal-LM family of the installed transformers and compare it with the unpatched model
 	@$(PY) -m fastllm.patching.sweep --markdown docs/families.md --least 130 $(ARGS)

@@ -89,10 +89,10 @@ def main(name: str, cases: Sequence[Case], arguments: Sequence[str]) -> int:
                 out.print(note, style="dim")
                 told.add(note)
         out.print()
-    if chosen.json:
-        Path(chosen.json).write_text(json.dumps(done, indent=1) + "\n")
+        if chosen.json:  # after every row: an interrupted run leaves what it had
+            Path(chosen.json).write_text(json.dumps(done, indent=1) + "\n")
     ours = {row["case"]: row["contestants"][0] for row in done}
-    bad = [case for case, found in ours.items() if "missing" in found or found["wrong"]]
+    bad = [case for case, found in ours.items() if "missing" in found or found.get("wrong")]
     if bad:
         print(f"python -m bench {name}: wrong or failed: {', '.join(bad)}", file=sys.stderr)
     return 1 if bad else 0
