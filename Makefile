@@ -17,7 +17,7 @@ help: ## this list
 install: .venv/.installed fastllm/_C.abi3.so ## the environment in .venv and the C++ kernels, nothing more
 
 demo: install ## the main job: train a small Llama on real text, unpatched and patched, and print the comparison
-	@$(PY) -m bench demo $(ARGS)
+	@$(PY) -m bench.demo $(ARGS)
 
 # A worker per core, and threads that sleep while they wait: spinning ones would take the cores from the other workers.
 test: install ## every test
@@ -29,10 +29,10 @@ lint: install ## ruff and mypy
 	@.venv/bin/mypy
 
 bench: install ## each op beside its peers, with the bandwidth limit of this machine
-	@$(PY) -m bench $(ARGS)
+	@$(PY) -m bench $(or $(ARGS),kernels)
 
 sweep: install ## patch every causal-LM family of the installed transformers and compare it with the unpatched model
-	@$(PY) -m bench sweep $(ARGS)
+	@$(PY) -m fastllm.patching.sweep --markdown docs/families.md --least 130 $(ARGS)
 
 docs: install ## write docs/ops from the docstrings
 	@$(PY) docs/generate.py
@@ -48,7 +48,7 @@ clean: ## remove the environment and everything built
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "fastllm needs Python 3.10 or newer; say which with PYTHON=python3.11"; exit 1; }
 	@test -x $(PY) || { echo "Making the environment in .venv"; $(PYTHON) -m venv .venv; }
 	@echo "Installing torch and the other dependencies (a few minutes the first time)"
-	@if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! $(PY) -m pip config list | grep -qE 'index-url|find-links'; then \
+	@if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! $(PY) -m pip config list | grep -E 'index-url|find-links' >/dev/null; then \
 	  export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu; fi; \
 	$(PIP) install -c constraints.txt torch "setuptools>=77" wheel && \
 	$(PIP) install -c constraints.txt --no-build-isolation -e ".[dev]"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # Under torch.compile an operator arrives as the function of the operator module, not as the method.
-_PRODUCTS = {operator.mul, torch.mul, torch.multiply, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}  # type: ignore[attr-defined]
+_PRODUCTS = {operator.mul, torch.mul, torch.multiply, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
 _QUOTIENTS = {operator.truediv, torch.div, torch.true_divide, Tensor.div, Tensor.__truediv__}
 
 
@@ -66,10 +66,38 @@ def _delegate(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in (
-    "add radd sub rsub mul rmul truediv rtruediv floordiv mod pow rpow matmul rmatmul neg abs getitem setitem "
-    "lt le gt ge eq ne and or xor invert float int"
-).split():
+for _name in [
+    "add",
+    "radd",
+    "sub",
+    "rsub",
+    "mul",
+    "rmul",
+    "truediv",
+    "rtruediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "rpow",
+    "matmul",
+    "rmatmul",
+    "neg",
+    "abs",
+    "getitem",
+    "setitem",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "eq",
+    "ne",
+    "and",
+    "or",
+    "xor",
+    "invert",
+    "float",
+    "int",
+]:
     setattr(Deferred, f"__{_name}__", _delegate(f"__{_name}__"))
 Deferred.__hash__ = object.__hash__  # type: ignore[method-assign]
 
@@ -88,7 +116,9 @@ def materialized(value: Any) -> Any:
 class DeferredActivation(Deferred):
     """``act(gate)``, which a product with a tensor of the same shape and dtype fuses."""
 
-    def __init__(self, gate: Tensor, act: Callable[[Tensor], Tensor], product: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(
+        self, gate: Tensor, act: Callable[[Tensor], Tensor], product: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
         super().__init__()
         self.gate, self.act, self.product = gate, act, product
 
@@ -133,14 +163,18 @@ class DeferredLogits(Deferred):
             logits = step(logits)
         return logits
 
-    def _then(self, step: Callable[[Tensor], Tensor], scale: float, softcap: float | None, dtype: torch.dtype) -> DeferredLogits:
+    def _then(
+        self, step: Callable[[Tensor], Tensor], scale: float, softcap: float | None, dtype: torch.dtype
+    ) -> DeferredLogits:
         after = DeferredLogits(self.hidden, self.weight, self.bias)
         after.scale, after.softcap, after.steps, after.dtype = scale, softcap, (*self.steps, step), dtype
         return after
 
     def times(self, factor: Any) -> Any:
         if type(factor) in (int, float) and factor > 0:
-            scale, softcap = (self.scale * factor, None) if self.softcap is None else (self.scale, self.softcap * factor)
+            scale, softcap = (
+                (self.scale * factor, None) if self.softcap is None else (self.scale, self.softcap * factor)
+            )
             return self._then(lambda x: x * factor, scale, softcap, self.dtype)
         return self.tensor() * materialized(factor)
 
@@ -148,7 +182,9 @@ class DeferredLogits(Deferred):
 
     def over(self, divisor: Any) -> Any:
         if type(divisor) in (int, float) and divisor > 0:
-            scale, softcap = (self.scale / divisor, None) if self.softcap is None else (self.scale, self.softcap / divisor)
+            scale, softcap = (
+                (self.scale / divisor, None) if self.softcap is None else (self.scale, self.softcap / divisor)
+            )
             return self._then(lambda x: x / divisor, scale, softcap, self.dtype)
         return self.tensor() / materialized(divisor)
 

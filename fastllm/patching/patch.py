@@ -20,7 +20,7 @@ from fastllm.patching.report import Patched, PatchReport, Skipped
 from fastllm.patching.rules import Found
 
 # op name -> its rule in fastllm.patching.rules, in the order they are applied
-RULES = {"rms_norm": "rms_norm", "rope": "rope", "glu": "glu", "loss": "loss"}
+RULES = {"rms_norm": "rms_norm", "layer_norm": "layer_norm", "rope": "rope", "glu": "glu", "loss": "loss"}
 OPS = (*RULES, "attention")  # the names a user may ask for
 
 
@@ -40,8 +40,8 @@ def patch(
 
     Args:
         model: a Transformers model, or a wrapper around one (PEFT, DeepSpeed, DDP), or any module with such parts.
-        ops: "auto" for every op there is a rule for, one name, or several, of "rms_norm", "rope", "glu", "loss",
-            "attention".
+        ops: "auto" for every op there is a rule for, one name, or several, of "rms_norm", "layer_norm", "rope",
+            "glu", "loss", "attention".
         exclude: op names to leave out, and globs of module paths to leave alone ("model.layers.0.*", "*.q_norm").
         strict: raise, and leave the model as it was, unless every requested op was applied somewhere.
         verify: run every replaced kind of module once against its original, forward and backward, in fp32 and in the
@@ -166,7 +166,11 @@ def _backend(rule: Any, module: nn.Module) -> str:
     device = parameter.device if parameter is not None else torch.device("cpu")
     dtype = parameter.dtype if parameter is not None else torch.float32
     op = _op.PUBLIC[getattr(rule, "KERNEL", rule.OP)]
-    return "chosen when the weights have a device" if device.type == "meta" else backends.select(op.name, op.kernels, device, dtype)
+    return (
+        "chosen when the weights have a device"
+        if device.type == "meta"
+        else backends.select(op.name, op.kernels, device, dtype)
+    )
 
 
 def _reasons(report: PatchReport, op: str) -> str:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from fastllm.patching.replacement import Replacement
 
 
-def random(shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, scale: float = 1.0, seed: int = 0) -> Tensor:
+def random(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, scale: float = 1.0, seed: int = 0
+) -> Tensor:
     """Normal values from a generator of their own."""
     values = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed + sum(shape))) * scale
     return values.to(device=device, dtype=dtype)
@@ -22,6 +24,11 @@ def random(shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, sc
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """The shape of a parameter, that of the whole where ZeRO-3 holds a shard."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def small_numbers(module: nn.Module) -> dict[str, float]:
+    """Small positive attributes: one of them is a norm's epsilon."""
+    return {n: v for n, v in vars(module).items() if isinstance(v, float) and 0 < v <= 1e-2}
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -41,14 +48,13 @@ def clone_with_random_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Mo
     return clone
 
 
-def required_arguments(module: nn.Module) -> int:
-    """How many arguments the class's forward cannot do without, self not counted; -1 when that cannot be told."""
+def takes_one_argument(module: nn.Module) -> bool:
+    """True when the class's forward has one parameter besides self and no other, optional ones included: a second one (the
+    gate of a gated norm) would change what it computes."""
     try:
-        parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+        return len(inspect.signature(type(module).forward).parameters) == 2
     except (TypeError, ValueError):
-        return -1
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return sum(p.default is inspect.Parameter.empty and p.kind in kinds for p in parameters)
+        return False
 
 
 def disagreement(

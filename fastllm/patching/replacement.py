@@ -22,7 +22,9 @@ class Replacement:
 
     def __init__(self, rule: str, module: nn.Module, slot: str, settings: dict[str, Any], previous: Any) -> None:
         self.rule, self.module, self.slot, self.settings, self.previous = rule, module, slot, settings, previous
-        self.function: Callable[..., Any] = importlib.import_module(f"fastllm.patching.rules.{rule}").bind(module, settings)
+        self.function: Callable[..., Any] = importlib.import_module(f"fastllm.patching.rules.{rule}").bind(
+            module, settings
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)

@@ -66,8 +66,8 @@ def _fold(paths: list[str]) -> list[str]:
         numbers = tuple(int(n) for n in re.findall(r"(?<![^.])\d+(?![^.])", path))
         families.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "{}", path), []).append(numbers)
     folded = []
-    for pattern, numbers in families.items():
-        columns = [sorted(set(column)) for column in zip(*numbers)]
+    for pattern, found in families.items():
+        columns = [sorted(set(column)) for column in zip(*found)]
         folded.append(pattern.format(*(_range(column) for column in columns)) or "(the model)")
     return folded
 

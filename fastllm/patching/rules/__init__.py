@@ -30,4 +30,6 @@ class Found:
 
 def has_hooks(module: nn.Module) -> bool:
     """True when something watches or changes the module's inputs or outputs."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

@@ -36,7 +36,7 @@ _PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def find(model: nn.Module) -> Iterator[Found | Skipped]:
     for path, parent in model.named_modules():
         for name, module in parent._modules.items():
-            if module is None or not _could_be_activation(module) or name not in _multiplied(type(parent)):
+            if module is None or not _could_be_activation(module) or name not in _multiplied(parent.__class__):
                 continue
             here = f"{path}.{name}" if path else name
             slot = slot_of(module)
@@ -66,15 +66,15 @@ def verify(found: Found, dtype: torch.dtype) -> str:
 
 
 def _could_be_activation(module: nn.Module) -> bool:
-    return not any(True for _ in module.parameters()) and not module._modules and probing.required_arguments(module) == 1
+    return not any(True for _ in module.parameters()) and not module._modules and probing.takes_one_argument(module)
 
 
 @functools.cache
-def _multiplied(parent: type) -> frozenset[str]:
+def _multiplied(parent: Any) -> frozenset[str]:
     """Names of ``self.<name>`` whose call some method of the class multiplies: ``self.act(x) * y`` or ``y * self.act(x)``,
     directly or through a variable."""
     found: set[str] = set()
-    for method in {m for cls in parent.__mro__[:-1] if cls is not nn.Module for m in vars(cls).values()}:
+    for method in [m for cls in parent.__mro__[:-1] if cls is not nn.Module for m in vars(cls).values()]:
         function = inspect.unwrap(method) if inspect.isfunction(method) else None
         if function is None or not any("act" in n or "glu" in n for n in function.__code__.co_names):
             continue
@@ -84,9 +84,8 @@ def _multiplied(parent: type) -> frozenset[str]:
             continue
         variables: dict[str, str] = {}
         for node in ast.walk(tree):
-            if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-                if name := _called(node.value):
-                    variables[node.targets[0].id] = name
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and (name := _called(node.value)):
+                variables[node.targets[0].id] = name
         for node in ast.walk(tree):
             if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
                 for side in (node.left, node.right):
@@ -97,7 +96,7 @@ def _multiplied(parent: type) -> frozenset[str]:
 
 
 def _called(node: ast.AST) -> str | None:
-    """"act_fn" for the expression ``self.act_fn(...)``."""
+    """ "act_fn" for the expression ``self.act_fn(...)``."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
         return node.func.attr if node.func.value.id == "self" else None
     return None

@@ -36,16 +36,22 @@ def find(model: nn.Module) -> Iterator[Found | Skipped]:
         there = module.__dict__.get("_loss_function")
         mine = isinstance(there, Replacement)
         if not mine and module.loss_function is not ForCausalLMLoss:
-            yield Skipped(path, OP, f"its loss is {getattr(module.loss_function, '__name__', 'custom')}, not the causal-LM loss")
+            yield Skipped(
+                path, OP, f"its loss is {getattr(module.loss_function, '__name__', 'custom')}, not the causal-LM loss"
+            )
             continue
         yield Found(path, module, "_loss_function", {"part": "loss"}, "loss")
         head = module.get_output_embeddings()
         name = next((n for n, m in module.named_modules() if m is head), None)
-        where = f"{path}.{name}" if path else name
+        where = f"{path}.{name}" if path and name else (name or path)
         if name is None or type(head) is not nn.Linear:
-            yield Skipped(where or path, OP, "its head is no plain nn.Linear: logits are computed, their cross entropy is fused")
+            yield Skipped(
+                where or path, OP, "its head is no plain nn.Linear: logits are computed, their cross entropy is fused"
+            )
         elif occupied(head, slot_of(head)) or occupied(module, slot_of(module)):
-            yield Skipped(where, OP, "its forward was replaced by other code: logits are computed, their cross entropy is fused")
+            yield Skipped(
+                where, OP, "its forward was replaced by other code: logits are computed, their cross entropy is fused"
+            )
         else:
             yield Found(where, head, slot_of(head), {"part": "head"}, "head", auxiliary=True)
             yield Found(path, module, slot_of(module), {"part": "model"}, "model", auxiliary=True)
@@ -60,7 +66,7 @@ def verify(found: Found, dtype: torch.dtype) -> str:
         return ""  # the loss is verified with its head; the model's forward is its own
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    head = nn.Linear(24, 53, bias=found.module.bias is not None)
+    head = nn.Linear(24, 53, bias=found.module.bias is not None, device="meta")  # initialising draws random numbers
     weight = probing.random((53, 24), dtype, probing.device_of(found.module))
     head.weight = nn.Parameter(weight)
     if head.bias is not None:
@@ -90,7 +96,8 @@ def _calls(forward: Any, name: str) -> bool:
 
 def _bind_head(head: nn.Module) -> Callable[[Tensor], Any]:
     def forward(hidden: Tensor) -> Any:
-        weight, bias = head.weight, head.bias
+        weight: Any = head.weight
+        bias: Any = head.bias
         whole = type(weight) is nn.Parameter and not hasattr(weight, "ds_id") and not hasattr(weight, "_fsdp_flattened")
         if not (head.training and torch.is_grad_enabled() and whole) or has_hooks(head) or "_hf_hook" in head.__dict__:
             return F.linear(hidden, weight, bias)

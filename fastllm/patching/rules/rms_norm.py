@@ -29,12 +29,12 @@ def find(model: nn.Module) -> Iterator[Found | Skipped]:
         if occupied(module, slot):
             yield Skipped(path, OP, "its forward was replaced by other code")
             continue
-        kind = (type(module), channels, tuple(sorted(_numbers(module).items())), tuple(module._parameters))
+        kind = (type(module), channels, tuple(sorted(probing.small_numbers(module).items())), tuple(module._parameters))
         if kind not in seen:
             seen[kind] = _recognise(module, channels)
         settings = seen[kind]
         if isinstance(settings, str):
-            if "norm" in type(module).__name__.lower():
+            if "rms" in type(module).__name__.lower():
                 yield Skipped(path, OP, settings)
             continue
         yield Found(path, module, slot, settings, kind)
@@ -56,26 +56,23 @@ def bind(module: nn.Module, settings: dict[str, Any]) -> Callable[..., Tensor]:
 def verify(found: Found, dtype: torch.dtype) -> str:
     clone = probing.clone_with_random_parameters(found.module, dtype)
     x = probing.random((3, 5, _channels(found.module) or 1), dtype, probing.device_of(found.module), scale=2.0)
-    return probing.disagreement(original_forward(clone), bind(clone, found.settings), [x], list(clone.parameters()), dtype)
+    return probing.disagreement(
+        original_forward(clone), bind(clone, found.settings), [x], list(clone.parameters()), dtype
+    )
 
 
 def _channels(module: nn.Module) -> int | None:
     """The width of a module that could be a norm: at most one parameter, which is 1-D, no children, no buffers, an
     epsilon, and a forward of one argument. None for any other."""
-    if module._modules or any(b is not None for b in module._buffers.values()) or not _numbers(module):
+    if module._modules or any(b is not None for b in module._buffers.values()) or not probing.small_numbers(module):
         return None
     parameters = [p for p in module._parameters.values() if p is not None]
-    if len(parameters) > 1 or probing.required_arguments(module) != 1:
+    if len(parameters) > 1 or not probing.takes_one_argument(module):
         return None
     if not parameters:
         return 64  # any width will do: there is no weight to match
     shape = probing.full_shape(parameters[0])
     return shape[0] if len(shape) == 1 else None
-
-
-def _numbers(module: nn.Module) -> dict[str, float]:
-    """Small positive attributes: one of them is the epsilon."""
-    return {n: v for n, v in vars(module).items() if isinstance(v, float) and 0 < v <= 1e-2}
 
 
 def _recognise(module: nn.Module, channels: int) -> dict[str, Any] | str:
@@ -85,15 +82,19 @@ def _recognise(module: nn.Module, channels: int) -> dict[str, Any] | str:
     clone = probing.clone_with_random_parameters(module, torch.float32)
     weight = clone._parameters[name] if name else None
     # A row of tiny values shows the epsilon, a row of large ones the rest.
-    x = probing.random((4, channels), torch.float32, device) * torch.tensor([[1e-3], [1e-2], [1.0], [30.0]], device=device)
+    x = probing.random((4, channels), torch.float32, device) * torch.tensor(
+        [[1e-3], [1e-2], [1.0], [30.0]], device=device
+    )
     try:
         with torch.no_grad():
             expected = original_forward(clone)(x)
             if not isinstance(expected, Tensor) or expected.shape != x.shape:
                 return "its output has another shape than its input"
-            for eps in dict.fromkeys(_numbers(module).values()):
+            for eps in dict.fromkeys(probing.small_numbers(module).values()):
                 for offset in (0.0, 1.0) if name else (0.0,):
-                    if torch.allclose(ops.rms_norm(x, weight, eps, weight_offset=offset), expected, rtol=1e-4, atol=1e-5):
+                    if torch.allclose(
+                        ops.rms_norm(x, weight, eps, weight_offset=offset), expected, rtol=1e-4, atol=1e-5
+                    ):
                         half = x.to(torch.bfloat16)
                         keeps = original_forward(clone)(half).dtype == torch.bfloat16  # with an fp32 weight
                         return {"weight": name, "eps": eps, "weight_offset": offset, "cast_back": keeps}

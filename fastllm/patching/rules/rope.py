@@ -61,14 +61,16 @@ def verify(found: Found, dtype: torch.dtype) -> str:
             if _fails(original, q, k, cos, sin):
                 continue  # a family that does not rotate a part of the head inside this function
 
-            def both(rotate: Callable[..., Any], q: Tensor, k: Tensor) -> Tensor:
-                # the tables follow q into fp32, so that the reference is exact for the very same angles
-                return torch.cat(rotate(q, k, cos.to(q.dtype), sin.to(q.dtype)), dim=1)
-
-            problem = probing.disagreement(functools.partial(both, original), functools.partial(both, replaced), [q, k], [], dtype)
+            one, other = (functools.partial(_both, rotate, cos, sin) for rotate in (original, replaced))
+            problem = probing.disagreement(one, other, [q, k], [], dtype)
             if problem:
                 return f"{name}: {problem}"
     return ""
+
+
+def _both(rotate: Callable[..., Any], cos: Tensor, sin: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """q and k rotated, as one tensor. The tables follow q into fp32: the reference is exact for the very same angles."""
+    return torch.cat(rotate(q, k, cos.to(q.dtype), sin.to(q.dtype)), dim=1)
 
 
 def _globals_called(function: Any) -> list[str]:
@@ -80,12 +82,13 @@ def _globals_called(function: Any) -> list[str]:
 
 @functools.cache
 def _layout(function: Callable[..., Any]) -> str:
-    """Which rotation ``function(q, k, cos, sin)`` is: "half", "interleaved", or "" for another."""
+    """Which rotation ``function(q, k, cos, sin)`` is: "half" (pairs i and i + R/2), "interleaved" (pairs 2i and 2i + 1, the
+    table in half-split order all the same), "pairs" (the same pairs, the table in their order), or "" for another."""
     parameters = list(inspect.signature(function).parameters)
     if parameters[:4] != ["q", "k", "cos", "sin"]:
         return ""
     q, k = (probing.random((2, heads, 7, 16), torch.float32, torch.device("cpu"), seed=heads) for heads in (4, 2))
-    for layout in ("half", "interleaved"):
+    for layout in ("half", "interleaved", "pairs"):
         agree = []
         for rotated in (16, 8):
             cos, sin = _table(7, rotated, torch.float32, q.device)
@@ -128,11 +131,12 @@ def _rotation(original: Callable[..., Any], layout: str) -> Callable[..., Any]:
         if layout == "interleaved":  # families store each angle once per half; the op wants it once per pair
             half = cos.shape[-1] // 2
             cos, sin = (t[..., :half].repeat_interleave(2, dim=-1) for t in (cos, sin))
+        interleaved = layout != "half"
         wide = torch.promote_types(q.dtype, cos.dtype)  # the original's product would have this dtype
         if heads_at == 1:
-            q, k = ops.apply_rope(q, k, cos, sin, interleaved=layout == "interleaved")
+            q, k = ops.apply_rope(q, k, cos, sin, interleaved=interleaved)
         else:
-            q, k = ops.apply_rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin, interleaved=layout == "interleaved")
+            q, k = ops.apply_rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin, interleaved=interleaved)
             q, k = q.transpose(1, 2), k.transpose(1, 2)
         return q.to(wide), k.to(wide)
 

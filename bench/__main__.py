@@ -1,0 +1,31 @@
+"""``python -m bench SUITE``: one module of this folder per suite, each with a ``main(arguments) -> exit code``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+SUITES = {
+    "kernels": "each op beside PyTorch eager, torch.compile and other libraries",
+    "loss": "the losses over a vocabulary, with and without the output head",
+    "train": "a training step of a 134 M Llama: unpatched, compiled, patched",
+    "demo": "a small Llama trained on real text, unpatched and patched",
+    "static": "what the compilers make of every Triton kernel, without a GPU",
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        lines = [f"  {name:<8} {what}" for name, what in SUITES.items()]
+        print("\n".join(["usage: python -m bench SUITE [-h] [...]", "", *lines]))
+        return 0
+    suite, *rest = arguments
+    if suite not in SUITES:
+        print(f"python -m bench: error: unknown suite {suite!r}; there are {', '.join(SUITES)}", file=sys.stderr)
+        return 2
+    return importlib.import_module(f"bench.{suite}").main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

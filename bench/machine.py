@@ -1,0 +1,73 @@
+"""What a number was measured on: hardware, versions, commit and command, as every JSON row carries them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastllm
+from fastllm import backends
+from fastllm.kernels import cpp
+
+PACKAGES = ("torch", "triton", "transformers", "liger-kernel")
+
+
+def describe() -> dict[str, Any]:
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        **{package: _version(package) for package in PACKAGES},
+        "fastllm": fastllm.__version__,
+        "instruction_set": cpp.capability() or None,
+        "forced_backend": backends.forced,
+        "commit": _commit(),
+        "command": " ".join(["python -m bench", *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def sentence(machine: dict[str, Any]) -> str:
+    """The same in one line for people."""
+    versions = ", ".join(f"{name} {machine[name]}" for name in PACKAGES if machine[name])
+    kernels = f"kernels for {machine['instruction_set']}" if machine["instruction_set"] else "no C++ kernels"
+    forced = f", backend {machine['forced_backend']} forced" if machine["forced_backend"] else ""
+    commit = (machine["commit"] or "unknown")[:12]
+    return f"{machine['cpu']}, {machine['threads']} threads, {versions}, {kernels}{forced}, commit {commit}"
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of this repository, with "+changes" where files differ from it; None outside a clone."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+changes" if changes.stdout.strip() else "")

@@ -1,0 +1,139 @@
+"""A suite of cases from the command line: chooses, runs, prints one table a case as it is done, writes JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bench import machine
+from bench.case import Case
+from bench.measure import Row, run_case
+
+RUNS, QUICK_RUNS = 20, 5
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} -h)\n")
+
+
+def parser(suite: str, description: str) -> Parser:
+    """What every suite understands."""
+    made = Parser(prog=f"python -m bench {suite}", description=description)
+    made.add_argument("--quick", action="store_true", help="fewer runs")
+    made.add_argument("--json", metavar="F", help="write the rows to this file as well")
+    return made
+
+
+def check_writable(parser: Parser, path: str | None) -> None:
+    """Ends the program before anything is measured when the rows could not be written afterwards."""
+    if path is not None:
+        try:
+            with open(path, "a"):
+                pass
+        except OSError as error:
+            parser.error(f"cannot write {path}: {error.strerror}")
+
+
+def console() -> Console:
+    """At most 120 columns, and as many where the output is no terminal."""
+    found = Console()
+    return Console(width=min(found.width, 120) if found.is_terminal else 120, highlight=False)
+
+
+def main(name: str, cases: Sequence[Case], arguments: Sequence[str]) -> int:
+    """Runs the cases that --only leaves; exit code 1 when a result of ours was wrong or an op failed."""
+    description = (
+        f"Times every op beside its peers: medians and quartiles over {RUNS} runs taken in turn, fresh random inputs "
+        "that no cache holds, results checked against fp64 in the same run."
+    )
+    options = parser(name, description)
+    options.add_argument("--only", metavar="PATTERN", help="only cases that contain this text, as 'rms_norm' or 'bf16'")
+    chosen = options.parse_args(arguments)
+    rows = [(case, dtype, which) for case in cases for dtype in case.dtypes for which in case.passes]
+    rows = [row for row in rows if not chosen.only or chosen.only in row[0].label(*row[1:])]
+    if not rows:
+        known = ", ".join(dict.fromkeys(case.op for case in cases))
+        options.error(f"no case contains {chosen.only!r}; the ops are {known}")
+    check_writable(options, chosen.json)
+
+    warnings.filterwarnings("ignore")  # of peers, about their own insides
+    torch.seed()
+    where, out = machine.describe(), console()
+    runs = QUICK_RUNS if chosen.quick else RUNS
+    out.print(machine.sentence(where))
+    out.print(
+        f"median and quartiles of {runs} runs in turn{' (--quick: too few to quote)' if chosen.quick else ''}; "
+        f"limit: the bytes at the speed of copy_ of 256 MB, or the FLOPs at that of a matmul, in the same runs"
+    )
+    done: list[Row] = []
+    told: set[str] = set()
+    for row in rows:
+        done.append(run_case(*row, runs) | {"machine": where})
+        out.print(table(done[-1]))
+        for found in done[-1]["contestants"]:
+            note = f"{found['name']} is missing: {found.get('missing')}"
+            if "missing" in found and note not in told:
+                out.print(note, style="dim")
+                told.add(note)
+        out.print()
+        if chosen.json:  # after every row: an interrupted run leaves what it had
+            Path(chosen.json).write_text(json.dumps(done, indent=1) + "\n")
+    ours = {row["case"]: row["contestants"][0] for row in done}
+    bad = [case for case, found in ours.items() if "missing" in found or found.get("wrong")]
+    if bad:
+        print(f"python -m bench {name}: wrong or failed: {', '.join(bad)}", file=sys.stderr)
+    return 1 if bad else 0
+
+
+def table(row: Row) -> Table:
+    """One case, a line per contestant."""
+    by_flops = row["limited_by"] == "matmul"
+    moved = f"{row['flops'] / 1e9:.0f} GFLOP" if by_flops else f"{row['bytes'] / 1e6:.0f} MB"
+    speed = f"matmul {row['matmul_gflop_per_s']:.0f} GFLOP/s" if by_flops else f"copy {row['copy_gb_per_s']:.1f} GB/s"
+    title = f"{row['case']}: {moved}, limit {row['limit_ms']:.1f} ms ({speed})"
+    made = Table(title=Text(title, style="bold"), title_justify="left", box=None, pad_edge=False, padding=(0, 1))
+    made.add_column("", no_wrap=True, min_width=14)
+    for heading, width in (
+        ("median ms", 9), ("quartiles ms", 13), ("GFLOP/s" if by_flops else "GB/s", 7), ("of limit", 8),
+        ("fastllm is", 12), ("extra MB", 8), ("max error", 9), ("first ms", 8),
+    ):  # fmt: skip
+        made.add_column(heading, justify="right", min_width=width, no_wrap=True)
+    for found in (c for c in row["contestants"] if "missing" not in c):
+        made.add_row(*_cells(found, "gflop_per_s" if by_flops else "gb_per_s"))
+    return made
+
+
+def _cells(found: dict[str, Any], rate: str) -> list[str]:
+    name = found["name"]
+    error = f"{found['error']:.1e}"
+    if found.get("wrong"):
+        return [name, "WRONG", "", "", "", "", "", error, ""]
+    faster = ""
+    if name != "fastllm" and "ratio" in found:
+        ratio = found["ratio"]
+        faster = f"{ratio:.2f}× faster" if ratio >= 1 else f"{1 / ratio:.2f}× slower"
+    extra = found["extra_bytes"]
+    return [
+        name,
+        f"{found['median_ms']:.2f}",
+        "{:.2f}–{:.2f}".format(*found["quartile_ms"]),
+        f"{found[rate]:.1f}" if found[rate] < 100 else f"{found[rate]:.0f}",
+        f"{found['share_of_limit']:.0%}",
+        faster,
+        "–" if extra is None else f"{extra / 1e6:.1f}",
+        error,
+        f"{found['first_ms']:.0f}",
+    ]

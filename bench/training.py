@@ -1,0 +1,153 @@
+"""Trainers in processes of their own, which take turns: each has its own peak memory and its own model, and a
+disturbance of the machine meets them all."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.measure import peak_resident, reset_peak
+
+KINDS = ("unpatched", "torch.compile", "patched")
+
+
+@dataclass(frozen=True)
+class Step:
+    loss: float
+    seconds: float
+
+
+class Trainer:
+    """A Llama from Transformers with random weights, and its training step: forward pass with labels, backward pass,
+    optimizer step, gradients released. Everything random follows from `seed`."""
+
+    def __init__(
+        self,
+        kind: str,
+        config: dict[str, Any],
+        dtype: torch.dtype,
+        batch: Callable[[int], Tensor],
+        optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
+        rate: Callable[[int], float],
+        seed: int = 0,
+    ) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        import fastllm
+
+        torch.manual_seed(seed)
+        self.model = LlamaForCausalLM(LlamaConfig(attn_implementation="sdpa", use_cache=False, **config)).to(dtype)
+        self.model.train()
+        self.report = str(fastllm.patch(self.model)) if kind == "patched" else ""
+        if kind == "torch.compile":
+            self.model.compile(dynamic=False)
+        self.batch, self.rate = batch, rate
+        self.optimizer = optimizer(list(self.model.parameters()))
+        self.step = 0
+
+    def describe(self) -> dict[str, Any]:
+        return {"parameters": sum(p.numel() for p in self.model.parameters()), "report": self.report}
+
+    def steps(self, count: int) -> list[Step]:
+        """Trains on the next `count` batches."""
+        return [self._one() for _ in range(count)]
+
+    def measured_step(self) -> int | None:
+        """One more step, for its memory: bytes of weights and optimizer state, and the growth of the resident set above
+        what the process holds between steps. None where the system does not tell."""
+        before = reset_peak()
+        self._one()
+        if before is None:
+            return None
+        kept = [p for p in self.model.parameters()]
+        kept += [v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+        return peak_resident() - before + sum(t.nbytes for t in kept)
+
+    def held_out_loss(self, first: int, count: int) -> float:
+        """Mean loss over batches `first` to `first + count`, without training."""
+        self.model.eval()
+        with torch.no_grad():
+            losses = [self._loss(self.batch(n)).item() for n in range(first, first + count)]
+        self.model.train()
+        return sum(losses) / count
+
+    def _loss(self, tokens: Tensor) -> Tensor:
+        return self.model(input_ids=tokens, labels=tokens).loss
+
+    def _one(self) -> Step:
+        tokens = self.batch(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(self.step)
+        begin = time.perf_counter()
+        loss = self._loss(tokens)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - begin
+        self.step += 1
+        return Step(loss.item(), seconds)
+
+
+class Turns:
+    """An object built in a process of its own; its methods are called by name, one call at a time."""
+
+    def __init__(self, build: Callable[..., Any], *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, build, arguments), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        try:
+            self.connection.send((method, arguments))
+            good, result = self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join(10)
+            raise RuntimeError(f"a training process ended early, with exit code {self.process.exitcode}") from None
+        if not good:
+            raise RuntimeError(result)
+        return result
+
+    def close(self) -> None:
+        self.connection.close()
+        self.process.join(10)
+        if self.process.is_alive():
+            self.process.terminate()
+
+
+def _serve(connection: Connection, build: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    served: Any = None
+    while True:
+        try:
+            method, given = connection.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        try:
+            served = served or build(*arguments)
+            answer = (True, getattr(served, method)(*given))
+        except KeyboardInterrupt:
+            return
+        except Exception:
+            answer = (False, traceback.format_exc())
+        connection.send(answer)
+
+
+@contextmanager
+def taking_turns(build: Callable[..., Any], kinds: tuple[str, ...], *arguments: Any) -> Iterator[dict[str, Turns]]:
+    """One process per kind, each holding ``build(kind, *arguments)``; all end with the block."""
+    made = {kind: Turns(build, kind, *arguments) for kind in kinds}
+    try:
+        yield made
+    finally:
+        for turns in made.values():
+            turns.close()

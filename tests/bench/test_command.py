@@ -1,0 +1,127 @@
+"""``python -m bench``: what it says when called wrongly, what its rows carry, and that its cases are what they say."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bench import __main__ as command
+from bench import eager, kernels, loss, measure, suite
+from bench.case import FORWARD, Case
+
+VERSIONS = {"cpu", "threads", "torch", "triton", "transformers", "commit", "command", "instruction_set"}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(measure, "COPIED_BYTES", 1 << 20)
+    monkeypatch.setattr(measure, "last_level_cache", lambda: 1 << 20)
+
+
+def exit_code(arguments):
+    try:
+        return command.main(arguments)
+    except SystemExit as stopped:
+        return stopped.code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["kernel"], "kernels, loss, train"),
+        (["kernels", "--only", "softmax"], "rms_norm"),
+        (["kernels", "--only", "swiglu", "--json", "/no/such/folder/rows.json"], "/no/such/folder/rows.json"),
+        (["train", "--json", "/"], "cannot write /"),
+        (["loss", "--fast"], "--fast"),
+    ],
+)
+def test_a_wrong_call_is_one_line_and_exit_code_2(arguments, named, capsys):
+    assert exit_code(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert named in said.err
+    assert len(said.err.splitlines()) == 1
+
+
+def test_help_lists_the_suites(capsys):
+    assert command.main([]) == 0
+    assert set(command.SUITES) <= set(capsys.readouterr().out.split())
+
+
+def small_case(ours):
+    def double(x):
+        return 2 * x
+
+    def absent():
+        raise ImportError("not here")
+
+    return Case("double", "4096", lambda dtype: (torch.randn(4096).to(dtype),), ours, double, double, {"other": absent},
+                passes=(FORWARD,))  # fmt: skip
+
+
+def test_rows_and_tables(quick, tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    assert suite.main("made-up", [small_case(lambda x: 2 * x)], ["--quick", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())
+    assert [row["dtype"] for row in rows] == ["fp32", "bf16"]
+    for row in rows:
+        assert set(row["machine"]) >= VERSIONS
+        assert row["runs"] == suite.QUICK_RUNS
+        assert {found["name"] for found in row["contestants"]} == {"fastllm", "eager", "torch.compile", "other"}
+    said = capsys.readouterr().out
+    assert "double 4096 bf16 forward" in said
+    assert "too few to quote" in said
+    assert said.count("other is missing: ImportError: not here") == 1
+    assert max(len(line) for line in said.splitlines()) <= 120
+
+
+def test_a_wrong_op_fails_the_run_and_shows_no_time(quick, capsys):
+    assert suite.main("made-up", [small_case(lambda x: 2 * x + 1)], ["--quick", "--only", "fp32"]) == 1
+    said = capsys.readouterr()
+    assert "WRONG" in said.out
+    assert "double 4096 fp32 forward" in said.err
+
+
+def test_an_op_that_raises_fails_the_run(quick, capsys):
+    def broken(x):
+        raise RuntimeError("no kernel")
+
+    assert suite.main("made-up", [small_case(broken)], ["--quick", "--only", "fp32"]) == 1
+    assert "fastllm is missing: RuntimeError: no kernel" in capsys.readouterr().out
+
+
+def test_labels_are_unique_and_the_bar_is_covered():
+    cases = {id(case): case for case in (*kernels.CASES, *loss.CASES)}.values()
+    labels = [case.label(dtype, which) for case in cases for dtype in case.dtypes for which in case.passes]
+    assert len(labels) == len(set(labels))
+    for op in ("rms_norm", "apply_rope", "swiglu", "cross_entropy", "token_logprobs"):
+        for dtype in ("fp32", "bf16"):
+            assert any(label.startswith(op) and label.endswith(f"{dtype} forward") for label in labels)
+
+
+def norm(*shapes):
+    return tuple(torch.randn(shape, dtype=torch.float64) for shape in shapes)
+
+
+X, W, TARGET = (16, 64), (64,), torch.randint(64, (16,))
+CASES = {
+    "rms_norm": (eager.rms_norm, eager.exact_rms_norm, norm(X, W)),
+    "rms_norm into": (eager.rms_norm_into, eager.exact_rms_norm, norm(X, W, X)),
+    "add_rms_norm": (eager.add_rms_norm, eager.exact_add_rms_norm, norm(X, X, W)),
+    "cross_entropy": (eager.cross_entropy, F.cross_entropy, (*norm(X), TARGET)),
+    "token_logprobs": (eager.token_logprobs, eager.exact_token_logprobs, (*norm(X), TARGET)),
+    "linear_cross_entropy": (eager.linear_cross_entropy, eager.exact_linear_cross_entropy, (*norm(X, (64, 64)), TARGET)),
+    "linear_token_logprobs": (
+        eager.linear_token_logprobs, eager.exact_linear_token_logprobs, (*norm(X, (64, 64)), TARGET),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_eager_peer_computes_the_exact_formula_in_its_dtype(name):
+    function, exact, inputs = CASES[name]
+    narrow = [i.float() if i.is_floating_point() else i for i in inputs]
+    for got, wanted in zip(measure._outputs(function(*narrow)), measure._outputs(exact(*inputs))):
+        torch.testing.assert_close(got.double(), wanted.double(), rtol=1e-4, atol=1e-4)
