@@ -67,9 +67,10 @@ def sweep(
         retain = stats is None and any(wanted)
         step = min(classes, CPU_CLASSES) if hidden.device.type == "cpu" else classes
         blocks = [(first, min(first + step, classes)) for first in range(0, classes, max(step, 1))]
-        at_once = BUFFER_BYTES.get(hidden.device.type, 64 << 20) // (
-            (classes if retain else step) * hidden.element_size() or 1
-        )
+        budget = BUFFER_BYTES.get(hidden.device.type, 64 << 20)
+        if hidden.device.type == "cpu" and hidden.dtype == torch.float32:
+            budget //= 2  # fp32 products are slow enough for smaller chunks to cost nothing
+        at_once = budget // ((classes if retain else step) * hidden.element_size() or 1)
         count = max(1, -(-tokens // max(1, at_once)))  # chunks, of nearly equal size
         size = -(-tokens // count)
         buffer = hidden.new_empty(size * (classes if retain else step))
