@@ -14,21 +14,26 @@ import math
 import os
 import platform
 import resource
+import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
+
+from bench.arguments import Parser
 
 SIDES = ("unpatched", "patched")
 CONTEXT, BATCH, BOS = 256, 16, 256
 BLOCK = 10  # steps a side runs before the other has its turn
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python -m bench.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=100, help="training steps of each side (default 100)")
     parser.add_argument("--out", type=Path, default=Path("demo-results"), help="folder for the plot and the numbers")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
@@ -36,14 +41,22 @@ def main(arguments: list[str] | None = None) -> int:
     if options.steps < 1:
         parser.error(f"--steps must be at least 1, got {options.steps}")
     if options.side:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its sides itself
         train(options.side, options.steps)
         return 0
-    try:
+    try:  # before minutes of training, not after
         options.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=options.out):
+            pass
     except OSError as error:
-        print(f"demo: cannot write to {options.out}: {error}", file=sys.stderr)
-        return 2
-    runs = take_turns(options.steps)
+        parser.error(f"cannot write to {options.out}: {error.strerror}")
+    try:
+        runs = take_turns(options.steps, [sys.executable, "-W", "ignore", "-m", "bench.demo"])
+    except RuntimeError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
     show(runs, options.out)
     return 0
 
@@ -52,7 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train(side: str, steps: int) -> None:
-    """Trains in blocks, each when a line arrives on standard input; a JSON line out after each, a last one at the end."""
+    """Trains in blocks, each when a line arrives on standard input; a JSON line out after each, a last one at the end.
+    Ends with its parent."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
     import transformers
@@ -67,6 +81,7 @@ def train(side: str, steps: int) -> None:
         max_position_embeddings=CONTEXT, tie_word_embeddings=True,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).train()
+    before = resident()  # ahead of patching, so that what patching needs counts against it
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
     report = ""
     if side == "patched":
@@ -81,12 +96,11 @@ def train(side: str, steps: int) -> None:
         rows = torch.stack([data[s : s + CONTEXT - 1].long() for s in starts])
         return torch.cat((torch.full((BATCH, 1), BOS), rows), dim=1)
 
-    before = peak_memory()
     say({"ready": True, "parameters": model.num_parameters(), "report": report})
     losses: list[float] = []
     while len(losses) < steps:
-        sys.stdin.readline()
-        times = []
+        await_turn()
+        times: list[float] = []
         while len(losses) < steps:
             began = time.perf_counter()
             for group in optimizer.param_groups:
@@ -102,13 +116,14 @@ def train(side: str, steps: int) -> None:
             if len(times) == BLOCK:
                 break
         say({"losses": losses[-len(times) :], "seconds": times})
-    sys.stdin.readline()
+    peak = peak_memory()
+    await_turn()
     model.eval()
     rows = torch.frombuffer(bytearray(held_out), dtype=torch.uint8).long().view(-1, CONTEXT)
     rows[:, 0] = BOS
     with torch.no_grad():
         total = sum(model(input_ids=r, labels=r).loss.item() for r in rows.split(8)) / len(rows.split(8))
-    say({"peak_mb": (peak_memory() - before) / 2**20, "perplexity": math.exp(total)})
+    say({"peak_mb": (peak - before) / 1e6, "perplexity": math.exp(total)})
 
 
 def corpus() -> bytes:
@@ -119,8 +134,27 @@ def corpus() -> bytes:
 
 def peak_memory() -> int:
     """The most bytes of memory this process has held."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return memory("VmHWM")
+
+
+def resident() -> int:
+    """The bytes of memory this process holds now; the most it has held where the system does not tell."""
+    return memory("VmRSS")
+
+
+def memory(key: str) -> int:
+    """Linux's own count for this process. Elsewhere ru_maxrss, which on Linux would start at the parent's peak."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
+
+
+def await_turn() -> None:
+    if not sys.stdin.readline():
+        sys.exit(1)
 
 
 def say(message: dict[str, Any]) -> None:
@@ -130,46 +164,95 @@ def say(message: dict[str, Any]) -> None:
 # ---- both sides --------------------------------------------------------------------------------------------------
 
 
-def take_turns(steps: int) -> dict[str, dict[str, Any]]:
-    """Runs both sides, block by block; returns what each measured."""
-    command = [sys.executable, "-W", "ignore", "-m", "bench.demo", "--steps", str(steps), "--side"]
-    processes = {
-        side: subprocess.Popen([*command, side], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for side in SIDES
-    }
-    runs: dict[str, dict[str, Any]] = {side: {"losses": [], "seconds": []} for side in SIDES}
-    for side, process in processes.items():
-        runs[side].update(answer(process))
-    print(
-        f"Training a Llama of {runs['patched']['parameters'] / 1e6:.1f} M parameters for {steps} steps of {BATCH} x {CONTEXT} bytes "
-        "of Python's standard library, twice.", flush=True,
-    )  # fmt: skip
-    while len(runs["patched"]["losses"]) < steps:
+def take_turns(steps: int, command: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Runs `command` with --steps and --side for both sides, block by block; returns what each measured. Neither side
+    outlives the other's failure."""
+    processes: dict[str, subprocess.Popen[str]] = {}
+    runs: dict[str, dict[str, Any]] = {side: {"losses": [], "blocks": []} for side in SIDES}
+    try:
         for side in SIDES:
-            block = answer(processes[side], "go")
-            runs[side]["losses"] += block["losses"]
-            runs[side]["seconds"] += block["seconds"]
-        done = len(runs["patched"]["losses"])
+            processes[side] = subprocess.Popen(
+                [*command, "--steps", str(steps), "--side", side],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        for side, process in processes.items():
+            runs[side].update(answer(process))
         print(
-            f"  step {done:4d}   loss {runs['unpatched']['losses'][-1]:.4f} unpatched, {runs['patched']['losses'][-1]:.4f} patched",
-            flush=True,
-        )
-    for side, process in processes.items():
-        runs[side].update(answer(process, "finish"))
-        process.wait()
+            f"Training a Llama of {runs['patched']['parameters'] / 1e6:.1f} M parameters for {steps} steps of "
+            f"{BATCH} x {CONTEXT} bytes of Python's standard library, twice.", flush=True,
+        )  # fmt: skip
+        while (done := len(runs["patched"]["losses"])) < steps:
+            for side in SIDES:
+                block = answer(processes[side], "go")
+                runs[side]["losses"] += block["losses"]
+                runs[side]["blocks"].append(block["seconds"])
+            done = len(runs["patched"]["losses"])
+            now = ", ".join(f"{runs[side]['losses'][-1]:.4f} {side}" for side in SIDES)
+            print(f"  step {done:4d}   loss {now}", flush=True)
+        for side, process in processes.items():
+            runs[side].update(answer(process, "finish"))
+    except BaseException:
+        for process in processes.values():
+            process.terminate()
+        raise
+    finally:
+        for process in processes.values():
+            process.communicate()
     return runs
 
 
 def answer(process: subprocess.Popen[str], request: str = "") -> dict[str, Any]:
     assert process.stdin is not None
     assert process.stdout is not None
-    if request:
-        process.stdin.write(request + "\n")
-        process.stdin.flush()
-    line = process.stdout.readline()
+    line = ""
+    try:
+        if request:
+            process.stdin.write(request + "\n")
+            process.stdin.flush()
+        line = process.stdout.readline()
+    except BrokenPipeError:
+        pass
     if not line:
-        raise SystemExit(f"demo: a training process ended early with exit code {process.wait()}")
+        raise RuntimeError(f"a training process ended early, with exit code {process.wait()}")
     return json.loads(line)
+
+
+def summary(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the table and the sentence say, from what both sides measured. A block's rate is its tokens over its
+    seconds; the first block warms both sides up and is left out where there is another."""
+    blocks = {side: runs[side]["blocks"][1:] or runs[side]["blocks"] for side in SIDES}
+    rates = {side: [BATCH * CONTEXT * len(block) / sum(block) for block in blocks[side]] for side in SIDES}
+    speedups = [b / a for a, b in zip(rates["unpatched"], rates["patched"])]
+    return {
+        "apart": max(abs(a - b) for a, b in zip(runs["unpatched"]["losses"], runs["patched"]["losses"])),
+        "rate": {side: median(rates[side]) for side in SIDES},
+        "step": {side: median(second for block in blocks[side] for second in block) for side in SIDES},
+        "speedup": median(rates["patched"]) / median(rates["unpatched"]),
+        "speedup_quartiles": quantiles(speedups, n=4, method="inclusive")[::2] if len(speedups) > 2 else None,
+        "memory": runs["patched"]["peak_mb"] / runs["unpatched"]["peak_mb"],
+    }
+
+
+def sentence(found: dict[str, Any], losses: Sequence[float]) -> str:
+    """What the table means, in words that the numbers choose."""
+    same = found["apart"] <= 1e-4 * max(1.0, abs(losses[-1]))
+    curve = f"The curves differ by at most {found['apart']:.1e}: " + (
+        "the kernels change rounding, not training."
+        if same
+        else "more than rounding in fp32 explains; please report it."
+    )
+    memory = f"{found['memory']:.2f} times the unpatched side's memory"
+    if found["speedup_quartiles"] is None:
+        return f"{curve} The patched side needed {memory}. Too few steps to compare speeds: at least {4 * BLOCK} tell."
+    low, high = found["speedup_quartiles"]
+    spread = f"{low:.2f} to {high:.2f} in the middle half of the blocks"
+    if low <= 1 <= high:
+        speed = f"No difference in speed stands out from the noise of this machine ({spread})"
+    else:
+        speed = f"The patched side trained {found['speedup']:.2f} times as fast ({spread})"
+    return f"{curve} {speed}; it needed {memory}."
 
 
 def show(runs: dict[str, dict[str, Any]], out: Path) -> None:
@@ -180,19 +263,14 @@ def show(runs: dict[str, dict[str, Any]], out: Path) -> None:
 
     import fastllm
 
-    warm = min(BLOCK, len(runs["patched"]["seconds"]) - 1)  # the first block warms both sides up
-    step = {side: median(runs[side]["seconds"][warm:]) for side in SIDES}
-    rate = {side: BATCH * CONTEXT / step[side] for side in SIDES}
-    apart = max(abs(a - b) for a, b in zip(runs["unpatched"]["losses"], runs["patched"]["losses"]))
+    found = summary(runs)
+    rate, step = found["rate"], found["step"]
     rows = [
-        ("final loss", *(f"{runs[s]['losses'][-1]:.4f}" for s in SIDES), f"curves at most {apart:.1e} apart"),
+        ("final loss", *(f"{runs[s]['losses'][-1]:.4f}" for s in SIDES), f"curves at most {found['apart']:.1e} apart"),
         ("held-out perplexity per byte", *(f"{runs[s]['perplexity']:.4f}" for s in SIDES), ""),
-        ("tokens per second", *(f"{rate[s]:,.0f}" for s in SIDES), f"{rate['patched'] / rate['unpatched']:.2f} x"),
+        ("tokens per second, median of blocks", *(f"{rate[s]:,.0f}" for s in SIDES), f"{found['speedup']:.2f} x"),
         ("step time, median", *(f"{1e3 * step[s]:.0f} ms" for s in SIDES), f"{step['patched'] / step['unpatched']:.2f} x"),
-        (
-            "peak memory of training", *(f"{runs[s]['peak_mb']:.0f} MB" for s in SIDES),
-            f"{runs['patched']['peak_mb'] / runs['unpatched']['peak_mb']:.2f} x",
-        ),
+        ("peak memory over the built model", *(f"{runs[s]['peak_mb']:.0f} MB" for s in SIDES), f"{found['memory']:.2f} x"),
     ]  # fmt: skip
     versions = (
         f"{processor()}, {torch.get_num_threads()} threads; Python {platform.python_version()}, torch {torch.__version__}, "
@@ -206,10 +284,12 @@ def show(runs: dict[str, dict[str, Any]], out: Path) -> None:
     console = Console(width=max(100, Console().width))
     console.print()
     console.print(table)
+    words = sentence(found, runs["unpatched"]["losses"])
+    console.print(words)
     print()
     print(runs["patched"]["report"])
     plot(runs, out / "demo.png")
-    record = {"environment": versions, "rows": rows, "runs": runs}
+    record = {"environment": versions, "rows": rows, "sentence": words, "runs": runs}
     (out / "demo.json").write_text(json.dumps(record, indent=1))
     print(f"\nBoth curves: {out / 'demo.png'}   numbers: {out / 'demo.json'}")
 
@@ -231,7 +311,7 @@ def plot(runs: dict[str, dict[str, Any]], path: Path) -> None:
 
     figure, (by_step, by_time) = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
     for side, color, style in (("unpatched", "#888888", "-"), ("patched", "#d1495b", "--")):
-        losses, seconds = runs[side]["losses"], runs[side]["seconds"]
+        losses, seconds = runs[side]["losses"], [second for block in runs[side]["blocks"] for second in block]
         elapsed = [sum(seconds[: i + 1]) for i in range(len(seconds))]
         by_step.plot(range(1, len(losses) + 1), losses, style, color=color, label=side)
         by_time.plot(elapsed, losses, style, color=color, label=side)

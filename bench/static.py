@@ -9,7 +9,6 @@ the matrix instructions it is meant to use.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -20,6 +19,7 @@ from typing import Any
 # Triton 3.9 contracts a*b+c to one instruction and warns that 3.10 will not unless told to: tell it, in both.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+from bench.arguments import Parser
 from fastllm.kernels.triton import _static, interpreted
 from fastllm.kernels.triton._launch import Configuration
 
@@ -29,7 +29,7 @@ _configurations: list[Configuration] = []  # seen by the forked workers, which c
 
 def main(argv: Sequence[str] | None = None, configurations: Sequence[Configuration] | None = None) -> int:
     """Compiles, prints the table and returns the exit code. `configurations`: others than the shipped ones."""
-    parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m bench.static", description=__doc__.splitlines()[0])
     parser.add_argument("--target", action="append", choices=sorted(_static.TARGETS), help="a chip; default: all")
     parser.add_argument("--match", default="", help="only kernels whose label contains this")
     parser.add_argument("--json", action="store_true", help="print JSON for a program to read")

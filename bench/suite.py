@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,17 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from bench import machine
+from bench.arguments import Parser
 from bench.case import Case
 from bench.measure import Row, run_case
 
 RUNS, QUICK_RUNS = 20, 5
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with its errors in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} -h)\n")
 
 
 def parser(suite: str, description: str) -> Parser:

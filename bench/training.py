@@ -47,6 +47,8 @@ class Trainer:
         torch.manual_seed(seed)
         self.model = LlamaForCausalLM(LlamaConfig(attn_implementation="sdpa", use_cache=False, **config)).to(dtype)
         self.model.train()
+        self.built = reset_peak()  # ahead of patching and compiling, so that what they need counts
+        self.peak = 0
         self.report = str(fastllm.patch(self.model)) if kind == "patched" else ""
         if kind == "torch.compile":
             self.model.compile(dynamic=False)
@@ -55,7 +57,19 @@ class Trainer:
         self.step = 0
 
     def describe(self) -> dict[str, Any]:
-        return {"parameters": sum(p.numel() for p in self.model.parameters()), "report": self.report}
+        return {
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "report": self.report,
+            "peak_over_built": self._peak_over_built(),
+        }
+
+    def _peak_over_built(self) -> int | None:
+        """Bytes: the most this process has held since the model was built, less what it held then. Unlike
+        measured_step it counts what is kept from one step to the next, and preparations."""
+        if self.built is None:
+            return None
+        self.peak = max(self.peak, peak_resident())
+        return self.peak - self.built
 
     def steps(self, count: int) -> list[Step]:
         """Trains on the next `count` batches."""
@@ -64,6 +78,7 @@ class Trainer:
     def measured_step(self) -> int | None:
         """One more step, for its memory: bytes of weights and optimizer state, and the growth of the resident set above
         what the process holds between steps. None where the system does not tell."""
+        self._peak_over_built()  # which the reset would lose
         before = reset_peak()
         self._one()
         if before is None:

@@ -83,4 +83,11 @@ void parallel_parts(int64_t n, int64_t parts, const F& f) {
   });
 }
 
+// Sums over rows, as weight gradients are: few rows at a time into a block of n floats, then the block into the total. The
+// rounding error grows with the rows of a block and the number of blocks, not with their product.
+constexpr int64_t rows_per_block = 64;
+inline void add_block(float* total, float* block, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) total[i] += block[i], block[i] = 0.f;
+}
+
 }  // namespace fastllm

@@ -137,8 +137,9 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad_y, Tensor x, 
   Tensor grad_x = fresh_like(x);
   const auto w = wide(weight);
   const int64_t parts = parts_for(rows, channels);
-  // One buffer each: two gradients that shared a storage would be outputs that alias.
-  Tensor weight_sums = fresh_float(x, {weight ? parts : 0, channels}), bias_sums = fresh_float(x, {bias ? parts : 0, channels});
+  // One buffer each (two gradients that shared a storage would be outputs that alias): the parts' totals, then their blocks.
+  Tensor weight_sums = fresh_float(x, {weight ? 2 * parts : 0, channels});
+  Tensor bias_sums = fresh_float(x, {bias ? 2 * parts : 0, channels});
   torch::stable::zero_(weight_sums);
   torch::stable::zero_(bias_sums);
   float *of_weight = (float*)weight_sums.mutable_data_ptr(), *of_bias = (float*)bias_sums.mutable_data_ptr();
@@ -148,9 +149,13 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor grad_y, Tensor x, 
   const auto kernel = FASTLLM_PICK(layer_norm_backward);
   parallel_parts(rows, parts, [&](int64_t part, int64_t first, int64_t last) {
     LayerNormBackward mine = p;
-    if (weight) mine.grad_weight = of_weight + part * channels;
-    if (bias) mine.grad_bias = of_bias + part * channels;
-    kernel(mine, first, last);
+    if (weight) mine.grad_weight = of_weight + (parts + part) * channels;
+    if (bias) mine.grad_bias = of_bias + (parts + part) * channels;
+    for (int64_t row = first; row < last; row += rows_per_block) {
+      kernel(mine, row, std::min(row + rows_per_block, last));
+      if (weight) add_block(of_weight + part * channels, mine.grad_weight, channels);
+      if (bias) add_block(of_bias + part * channels, mine.grad_bias, channels);
+    }
   });
   const auto total = [&](const Tensor& sums, float* of_parts, const std::optional<Tensor>& like) {
     if (!like) return torch::stable::new_empty(x, {0});

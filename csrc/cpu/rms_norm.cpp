@@ -188,7 +188,7 @@ static std::tuple<Tensor, Tensor> backward(Tensor grad_y, const std::optional<Te
   Tensor grad_x = fresh_like(x);
   const auto w = effective_weight(weight, weight_offset);
   const int64_t parts = parts_for(rows, channels);
-  Tensor partial = fresh_float(x, {weight ? parts : 0, channels});
+  Tensor partial = fresh_float(x, {weight ? 2 * parts : 0, channels});  // the totals of all parts, then their blocks
   torch::stable::zero_(partial);
   float* sums = (float*)partial.mutable_data_ptr();
   const RmsNormBackward p{dtype_of(x), grad_y.const_data_ptr(), grad_sum ? added.const_data_ptr() : nullptr, x.const_data_ptr(),
@@ -197,8 +197,12 @@ static std::tuple<Tensor, Tensor> backward(Tensor grad_y, const std::optional<Te
   const auto kernel = FASTLLM_PICK(rms_norm_backward);
   parallel_parts(rows, parts, [&](int64_t part, int64_t b, int64_t e) {
     RmsNormBackward mine = p;
-    if (weight) mine.grad_weight = sums + part * channels;
-    kernel(mine, b, e);
+    if (!weight) return kernel(mine, b, e);
+    mine.grad_weight = sums + (parts + part) * channels;
+    for (int64_t row = b; row < e; row += rows_per_block) {
+      kernel(mine, row, std::min(row + rows_per_block, e));
+      add_block(sums + part * channels, mine.grad_weight, channels);
+    }
   });
   if (!weight) return {grad_x, torch::stable::new_empty(x, {0})};
   for (int64_t part = 1; part < parts; ++part) {

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import __main__ as command
-from bench import eager, kernels, loss, measure, suite
+from bench import eager, kernels, loss, measure, suite, train
 from bench.case import FORWARD, Case
 
 VERSIONS = {"cpu", "threads", "torch", "triton", "transformers", "commit", "command", "instruction_set"}
@@ -75,6 +75,26 @@ def test_rows_and_tables(quick, tmp_path, capsys):
     assert "too few to quote" in said
     assert said.count("other is missing: ImportError: not here") == 1
     assert max(len(line) for line in said.splitlines()) <= 120
+
+
+def test_the_table_of_a_training_step_fits_and_compares_with_the_unpatched(capsys):
+    def row(kind, seconds, peak, run_peak):
+        return {
+            "contestant": kind, "median_s": seconds, "quartile_s": (seconds, 2 * seconds), "tokens_per_s": 2048 / seconds,
+            "peak_bytes": peak, "peak_over_built_bytes": run_peak, "largest_loss_difference": 1e-4, "first_s": 123.4,
+        }  # fmt: skip
+
+    rows = [
+        row("unpatched", 4.0, 2_000_000_000, 6_000_000_000),
+        row("torch.compile", 8.0, 3_000_000_000, 9_000_000_000),
+        row("patched", 2.0, None, 1_500_000_000),
+    ]
+    suite.console().print(train.table(rows))
+    said = capsys.readouterr().out.splitlines()
+    assert max(map(len, said)) <= 120
+    compiled, patched = said[2].split(), said[3].split()
+    assert compiled[1:] == ["8.00", "8.00–16.00", "256", "0.50×", "3000", "1.50×", "9000", "1.50×", "1.0e-04", "123.4"]
+    assert patched[4:9] == ["2.00×", "–", "–", "1500", "0.25×"]
 
 
 def test_a_wrong_op_fails_the_run_and_shows_no_time(quick, capsys):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bench import training
+from bench.measure import reset_peak
 
 pytest.importorskip("transformers")
 SHAPE = {
@@ -43,6 +44,18 @@ def test_memory_of_a_step_holds_weights_and_optimizer_state():
     weights = sum(p.nbytes for p in trainer.model.parameters())
     peak = trainer.measured_step()
     assert peak is None or peak >= 2 * weights
+
+
+@pytest.mark.skipif(reset_peak() is None, reason="the system tells no peak memory")
+def test_the_peak_of_a_run_counts_what_is_kept_between_steps():
+    trainer = build("unpatched")
+    trainer.steps(1)
+    before, in_a_step = trainer.describe()["peak_over_built"], trainer.measured_step()
+    kept = torch.ones(32 << 20)  # 128 MiB that stay
+    assert trainer.describe()["peak_over_built"] - before > 100 << 20
+    assert abs(trainer.measured_step() - in_a_step) < 50 << 20
+    del kept
+    assert trainer.describe()["peak_over_built"] - before > 100 << 20  # a peak stays, also over measured steps
 
 
 class Worker:
