@@ -2,6 +2,7 @@
 
 from fastllm.ops.add_rms_norm import add_rms_norm
 from fastllm.ops.apply_rope import apply_rope
+from fastllm.ops.attention import attention
 from fastllm.ops.cross_entropy import cross_entropy
 from fastllm.ops.glu import geglu, swiglu
 from fastllm.ops.layer_norm import layer_norm
@@ -14,6 +15,7 @@ from fastllm.ops.token_logprobs import token_logprobs
 __all__ = [
     "add_rms_norm",
     "apply_rope",
+    "attention",
     "cross_entropy",
     "geglu",
     "layer_norm",
