@@ -5,6 +5,8 @@
 // the vectors; sums of keys stay in place and those of queries are kept in fp32 for a whole head.
 #include <algorithm>
 #include <atomic>
+#include <type_traits>
+#include <utility>
 
 #include "tiles.h"
 
@@ -279,7 +281,7 @@ struct Backward {
 
   Backward(const Attention& p, int64_t longest_queries, int64_t keys_held, float* memory) : p(p), keys_held(keys_held) {
     units = p.channels / per_unit, value_units = p.value_channels / per_unit;
-    width = round_up(p.channels, Vec::W), value_width = round_up(p.value_channels, Vec::W);
+    width = round_up(p.channels, 16), value_width = round_up(p.value_channels, 16);
     queries = round_up(longest_queries, Bq);
     panel_size = queries / per_unit * panel;
     k_panel = Bk / per_unit * panel;
@@ -503,22 +505,215 @@ void attention_backward(const Attention& p, const AttentionSequence* sequences, 
   });
 }
 
-// The queries' gradients: the sum of their parts, in order, times the scale.
-void attention_sum(const Attention& p, const float* parts, int64_t count, int64_t part_size, int64_t width, int64_t batch,
-                   int64_t head, const float* row, int64_t token) {
-  (void)parts;
+// One query's gradient: the sum of its parts, `apart` floats from each other, in order, times the scale.
+void attention_sum(const Attention& p, const float* part, int64_t parts, int64_t apart, int64_t batch, int64_t head,
+                   int64_t token) {
   dispatch(p.dtype, [&](auto t) {
     using T = decltype(t);
     T* to = token_of<T>(p.grad_q, p.grad_q_step, batch, head, token);
     for_each_vector(p.channels, [&](int64_t c, int lanes) {
       Vec sum(0.f);
-      for (int64_t n = 0; n < count; ++n) sum += Vec::load(row + n * part_size + c);
+      for (int64_t n = 0; n < parts; ++n) sum += Vec::load(part + n * apart + c);  // parts are padded to whole vectors
       store(to + c, sum * Vec(p.scale), lanes);
     });
   });
-  (void)width;
 }
 
 }  // namespace FASTLLM_ISA
 }  // namespace fastllm
 #endif  // FASTLLM_ISA
+
+#ifdef FASTLLM_BINDING
+#include <cstdlib>
+#include <memory>
+
+#include "binding.h"
+
+namespace fastllm {
+
+FASTLLM_KERNEL(int64_t, attention_forward_size, (const Attention&, int64_t))
+FASTLLM_KERNEL(void, attention_forward, (const Attention&, const AttentionSequence*, const AttentionItem*, int64_t,
+                                         std::atomic<int64_t>&, int64_t, float*))
+FASTLLM_KERNEL(int64_t, attention_backward_size, (const Attention&, int64_t, int64_t))
+FASTLLM_KERNEL(void, attention_backward, (const Attention&, const AttentionSequence*, const AttentionItem*, int64_t,
+                                          std::atomic<int64_t>&, int64_t, int64_t, float*, float* const*, int64_t, int64_t))
+FASTLLM_KERNEL(void, attention_sum, (const Attention&, const float*, int64_t, int64_t, int64_t, int64_t, int64_t))
+
+using Maybe = std::optional<Tensor>;
+
+static Tensor with_whole_rows(const Tensor& t) { return t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t); }
+static Strides strides_of(const Tensor& t) {
+  if (t.dim() == 3) return {0, t.stride(1), t.stride(0)};
+  return {t.stride(0), t.stride(1), t.stride(2)};
+}
+
+// The problem, what its pointers point into, and its sequences.
+struct AttentionOf {
+  Attention p{};
+  Tensor q, k, v;
+  Maybe sink_logits, slopes, mask;
+  std::vector<AttentionSequence> sequences;
+  int64_t longest_queries = 0, longest_keys = 0;
+
+  AttentionOf(Tensor q_, Tensor k_, Tensor v_, Maybe sinks_of, Maybe slopes_of, Maybe mask_of, Maybe bounds_q, Maybe bounds_k,
+              double scale, bool causal, int64_t window, int64_t sinks, double softcap)
+      : q(with_whole_rows(q_)), k(with_whole_rows(k_)), v(with_whole_rows(v_)), mask(mask_of) {
+    if (sinks_of) sink_logits = to_float(*sinks_of);
+    if (slopes_of) slopes = to_float(*slopes_of);
+    const bool packed = q.dim() == 3;
+    STD_TORCH_CHECK(q.size(q.dim() - 1) % 8 == 0 && v.size(v.dim() - 1) % 8 == 0,
+                    "fastllm: attention needs head dimensions that are multiples of 8");
+    p.dtype = dtype_of(q);
+    p.q = q.const_data_ptr(), p.k = k.const_data_ptr(), p.v = v.const_data_ptr();
+    p.q_step = strides_of(q), p.k_step = strides_of(k), p.v_step = strides_of(v);
+    p.heads = q.size(1), p.kv_heads = k.size(1), p.channels = q.size(q.dim() - 1), p.value_channels = v.size(v.dim() - 1);
+    p.scale = float(scale), p.softcap = float(softcap), p.causal = causal, p.window = window, p.sinks = sinks;
+    if (sink_logits) p.sink_logits = (const float*)sink_logits->const_data_ptr();
+    if (slopes) p.slopes = (const float*)slopes->const_data_ptr();
+    if (mask) {
+      p.mask = (const bool*)mask->const_data_ptr();
+      for (int d = 0; d < 4; ++d) p.mask_step[d] = mask->stride(d);
+    }
+    if (packed) {
+      const Tensor of_q = torch::stable::contiguous(*bounds_q), of_k = torch::stable::contiguous(*bounds_k);
+      const int32_t *a = (const int32_t*)of_q.const_data_ptr(), *b = (const int32_t*)of_k.const_data_ptr();
+      const int64_t documents = of_q.size(0) - 1;
+      for (int64_t d = 0; d < documents; ++d) {
+        STD_TORCH_CHECK(a[d] >= 0 && b[d] >= 0 && a[d] <= a[d + 1] && b[d] <= b[d + 1],
+                        "fastllm: cu_seqlens_q and cu_seqlens_k must ascend from 0");
+        sequences.push_back({0, a[d], b[d], a[d + 1] - a[d], b[d + 1] - b[d]});
+      }
+      STD_TORCH_CHECK(a[0] == 0 && b[0] == 0 && a[documents] == q.size(0) && b[documents] == k.size(0),
+                      "fastllm: cu_seqlens_q and cu_seqlens_k must end at the number of tokens");
+      p.lse_batch = 0, p.lse_head = q.size(0);
+    } else {
+      for (int64_t b = 0; b < q.size(0); ++b) sequences.push_back({b, 0, 0, q.size(2), k.size(2)});
+      p.lse_batch = p.heads * q.size(2), p.lse_head = q.size(2);
+    }
+    for (const auto& s : sequences) {
+      longest_queries = std::max(longest_queries, s.queries), longest_keys = std::max(longest_keys, s.keys);
+    }
+  }
+};
+
+struct Scratch {
+  float* memory;
+  explicit Scratch(int64_t floats)
+      : memory((float*)std::aligned_alloc(64, size_t((std::max<int64_t>(floats, 16) * 4 + 63) / 64 * 64))) {
+    STD_TORCH_CHECK(memory != nullptr, "fastllm: out of memory: attention needs ", floats * 4, " bytes to work in");
+    advise_huge_pages(memory, size_t(floats) * 4);
+  }
+  ~Scratch() { std::free(memory); }
+  Scratch(const Scratch&) = delete;
+};
+
+static int64_t threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
+
+static std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, Maybe sink_logits, Maybe slopes, Maybe mask,
+                                            Maybe bounds_q, Maybe bounds_k, double scale, bool causal, int64_t window,
+                                            int64_t sinks, double softcap) {
+  AttentionOf of(q, k, v, sink_logits, slopes, mask, bounds_q, bounds_k, scale, causal, window, sinks, softcap);
+  Attention& p = of.p;
+  const bool packed = q.dim() == 3;
+  Tensor rows = packed ? fresh(q, {q.size(0), p.heads, p.value_channels})
+                       : fresh(q, {q.size(0), q.size(2), p.heads, p.value_channels});
+  Tensor out = packed ? rows : torch::stable::transpose(rows, 1, 2);
+  Tensor lse = packed ? fresh_float(q, {p.heads, q.size(0)}) : fresh_float(q, {q.size(0), p.heads, q.size(2)});
+  p.out = out.mutable_data_ptr(), p.out_step = strides_of(out), p.lse = (float*)lse.mutable_data_ptr();
+  if (out.numel() == 0 && lse.numel() == 0) return {out, lse};
+  // Few items of many queries pack keys seldom; enough of them keep all threads busy to the end.
+  const int64_t whole = int64_t(of.sequences.size()) * p.kv_heads;
+  const int64_t pieces = whole >= 8 * threads() ? 1 : (8 * threads() + whole - 1) / whole;
+  std::vector<AttentionItem> items;
+  for (int64_t n = 0; n < int64_t(of.sequences.size()); ++n) {
+    const int64_t queries = of.sequences[n].queries;
+    const int64_t step = std::max(query_block, ((queries + pieces - 1) / pieces + query_block - 1) / query_block * query_block);
+    for (int64_t head = 0; head < p.kv_heads; ++head) {
+      for (int64_t end = queries; end > 0;) {  // the last queries, which see most, first
+        const int64_t begin = (end - 1) / step * step;
+        items.push_back({n, head, begin, end});
+        end = begin;
+      }
+    }
+  }
+  std::atomic<int64_t> next{0};
+  const int64_t parts = std::min<int64_t>(threads(), int64_t(items.size()));
+  const int64_t size = FASTLLM_PICK(attention_forward_size)(p, of.longest_keys);
+  const auto kernel = FASTLLM_PICK(attention_forward);
+  parallel_parts(parts, parts, [&](int64_t, int64_t, int64_t) {
+    Scratch scratch(size);
+    kernel(p, of.sequences.data(), items.data(), int64_t(items.size()), next, of.longest_keys, scratch.memory);
+  });
+  return {out, lse};
+}
+
+static std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, Maybe grad_lse, Tensor q, Tensor k, Tensor v,
+                                                             Tensor out, Tensor lse, Maybe sink_logits, Maybe slopes, Maybe mask,
+                                                             Maybe bounds_q, Maybe bounds_k, double scale, bool causal,
+                                                             int64_t window, int64_t sinks, double softcap) {
+  AttentionOf of(q, k, v, sink_logits, slopes, mask, bounds_q, bounds_k, scale, causal, window, sinks, softcap);
+  Attention& p = of.p;
+  Tensor grad_q = fresh_like(q), grad_k = fresh_like(k), grad_v = fresh_like(v);
+  if (lse.numel() == 0 || k.numel() == 0) {
+    torch::stable::zero_(grad_q), torch::stable::zero_(grad_k), torch::stable::zero_(grad_v);
+    return {grad_q, grad_k, grad_v};
+  }
+  grad_out = with_whole_rows(grad_out), out = with_whole_rows(out), lse = torch::stable::contiguous(lse);
+  if (grad_lse) grad_lse = to_float(*grad_lse);
+  p.out = (void*)out.const_data_ptr(), p.out_step = strides_of(out), p.lse = (float*)lse.const_data_ptr();
+  p.grad_out = grad_out.const_data_ptr(), p.grad_out_step = strides_of(grad_out);
+  p.grad_lse = grad_lse ? (const float*)grad_lse->const_data_ptr() : nullptr;
+  p.grad_q = grad_q.mutable_data_ptr(), p.grad_k = grad_k.mutable_data_ptr(), p.grad_v = grad_v.mutable_data_ptr();
+  p.grad_q_step = strides_of(grad_q), p.grad_k_step = strides_of(grad_k), p.grad_v_step = strides_of(grad_v);
+
+  // Keys of one head are split only where there are fewer heads than threads: each share then has its own sums of queries.
+  const int64_t whole = int64_t(of.sequences.size()) * p.kv_heads;
+  const int64_t shares = whole >= 2 * threads() ? 1 : (2 * threads() + whole - 1) / whole;
+  const int64_t width = (p.channels + 15) / 16 * 16, tokens = q.dim() == 3 ? q.size(0) : q.size(2);
+  const int64_t share_size = (q.dim() == 3 ? 1 : q.size(0)) * p.heads * tokens * width;
+  Tensor sums = fresh_float(q, {shares > 1 ? shares : 0, shares > 1 ? share_size : 0});
+  float* of_sums = shares > 1 ? (float*)sums.mutable_data_ptr() : nullptr;
+  std::vector<AttentionItem> items;
+  std::vector<float*> partials;
+  int64_t keys_held = backward_key_block;
+  for (int64_t n = 0; n < int64_t(of.sequences.size()); ++n) {
+    const int64_t keys = of.sequences[n].keys;
+    for (int64_t head = 0; head < p.kv_heads; ++head) {
+      for (int64_t share = 0; share < shares; ++share) {
+        const auto bound = [&](int64_t part) {
+          return part == shares ? keys : keys * part / shares / backward_key_block * backward_key_block;
+        };
+        items.push_back({n, head, bound(share), bound(share + 1)});
+        partials.push_back(of_sums ? of_sums + share * share_size : nullptr);
+        keys_held = std::max(keys_held, items.back().end - items.back().begin);
+      }
+    }
+  }
+  std::atomic<int64_t> next{0};
+  const int64_t parts = std::min<int64_t>(threads(), int64_t(items.size()));
+  const int64_t size = FASTLLM_PICK(attention_backward_size)(p, of.longest_queries, keys_held);
+  const auto kernel = FASTLLM_PICK(attention_backward);
+  parallel_parts(parts, parts, [&](int64_t, int64_t, int64_t) {
+    Scratch scratch(size);
+    kernel(p, of.sequences.data(), items.data(), int64_t(items.size()), next, of.longest_queries, keys_held, scratch.memory,
+           partials.data(), p.heads * tokens * width, tokens * width);
+  });
+  if (of_sums) {
+    const int64_t rows = share_size / width;
+    const auto add = FASTLLM_PICK(attention_sum);
+    parallel_parts(rows, parts_for(rows, width), [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        add(p, of_sums + row * width, shares, share_size, row / tokens / p.heads, row / tokens % p.heads, row % tokens);
+      }
+    });
+  }
+  return {grad_q, grad_k, grad_v};
+}
+
+}  // namespace fastllm
+
+STABLE_TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
+  m.impl("attention", TORCH_BOX(&fastllm::attention));
+  m.impl("attention_backward", TORCH_BOX(&fastllm::attention_backward));
+}
+#endif  // FASTLLM_BINDING
