@@ -387,7 +387,9 @@ struct Backward {
     const void* v = operand(value_rows, p.v_step.token, count, p.value_channels, v_rows, &v_unit_step);
     along(key_rows, p.k_step.token, count, round_up(count, per_unit), p.channels, k_along, k_panel);
     const bool plain = p.softcap == 0.f && !p.slopes;
+    bent_slope = p.slopes ? p.slopes[head] : 0.f;
     for (int64_t i = round_down(from, panel); i < to; i += Bq) {
+      bent_from = float(i + s.keys - s.queries - j);
       const int64_t i_end = std::min(i + Bq, to), lanes = round_up(i_end - i, Vec::W);
       product<per_unit>(count, lanes, units, k, k_unit_step, 1, q_across + i * units, panel * units, scores, Bq, false);
       product<per_unit>(count, lanes, value_units, v, v_unit_step, 1, g_across + i * value_units, panel * value_units,
@@ -418,10 +420,8 @@ struct Backward {
       const Vec position = lane + Vec(float(i + c + s.keys - s.queries));
       bend(Vec::load(x + c), p, slope, Vec(float(j)) - position).store(x + c);
     }
-    bent_slope = slope;
-    bent_from = float(i + s.keys - s.queries - j);
   }
-  float bent_slope = 0.f, bent_from = 0.f;
+  float bent_slope = 0.f, bent_from = 0.f;  // of the head; position of the block's first query after its first key
 
   void hide(const AttentionSequence& s, int64_t head, int64_t j, float* x, int64_t i, int64_t i_end, int64_t lanes) {
     const int64_t shift = s.keys - s.queries;
@@ -465,9 +465,8 @@ struct Backward {
 
   // 1 - tanh^2 of a capped score, found again from the score itself.
   Vec cap_slope(Vec x, int64_t r, int64_t c) const {
-    (void)r;
     if (p.softcap == 0.f) return Vec(1.f);
-    const Vec distance = Vec(0.f) - (ramp() + Vec(bent_from + float(c)));
+    const Vec distance = Vec(0.f) - (ramp() + Vec(bent_from + float(c - r)));
     const Vec ratio = (x * Vec(ln_2) - Vec(bent_slope) * distance) * Vec(1.f / p.softcap);
     return max(Vec(0.f), Vec(1.f) - ratio * ratio);
   }
