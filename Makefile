@@ -8,7 +8,7 @@ PY := .venv/bin/python
 # Twice quiet: pip prints errors only, not a warning per package index that lacks a package.
 PIP := $(PY) -m pip --disable-pip-version-check --quiet --quiet
 
-.PHONY: help install demo test lint bench sweep docs clean
+.PHONY: help install demo test lint static bench sweep docs clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -27,6 +27,9 @@ lint: install ## ruff and mypy
 	@.venv/bin/ruff check
 	@.venv/bin/ruff format --check
 	@.venv/bin/mypy
+
+static: install ## compile every GPU kernel for every chip and say what is wrong with it; needs no GPU
+	@$(PY) -m bench static $(ARGS)
 
 bench: install ## each op beside its peers, with the bandwidth limit of this machine
 	@$(PY) -m bench $(or $(ARGS),kernels)

@@ -11,7 +11,7 @@ SUITES = {
     "loss": "the losses over a vocabulary, with and without the output head",
     "train": "a training step of a 134 M Llama: unpatched, compiled, patched",
     "demo": "a small Llama trained on real text, unpatched and patched",
-    "static": "what the compilers make of every Triton kernel, without a GPU",
+    "static": "what the compilers make of every GPU kernel, without a GPU",
 }
 
 
