@@ -39,8 +39,8 @@ def read(assembly: str) -> Instructions:
         elif opcode.endswith("MMA"):
             found.matrix[opcode] += 1
     for opcode in _AMD.findall(assembly):
-        if access := _AMD_ACCESS.match(opcode):
-            kind, unit, count = access.groups()
+        if accessed := _AMD_ACCESS.match(opcode):
+            kind, unit, count = accessed.groups()
             getattr(found, f"{kind}s")[_AMD_BYTES[unit] * int(count or 1)] += 1
         elif opcode.startswith(("v_mfma", "v_smfma")):
             found.matrix[opcode] += 1

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fastllm.kernels.triton._launch import Configuration
 
 Row = dict[str, Any]
-Job = tuple[Callable[[Any, str], list[Row]], Any, str]  # a function, what it compiles, for which chip
+Job = tuple[Callable[..., list[Row]], Any, str]  # a function, what it compiles, for which chip
 _configurations: list[Configuration] = []  # seen by the forked workers, which cannot be sent a kernel
 
 
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None, configurations: Sequence[Configurati
 def _run(jobs: Sequence[Job]) -> list[Row]:
     try:
         with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
-            futures = [pool.submit(*job) for job in jobs]
+            futures = [pool.submit(compile_, what, target) for compile_, what, target in jobs]
             return [row for future in futures for row in future.result()]
     except BrokenProcessPool:  # a compiler took its process down: each job in a process of its own shows which
         if len(jobs) > 1:
