@@ -80,7 +80,8 @@ def main(argv: Sequence[str] | None = None, configurations: Sequence[Configurati
 
 def _run(jobs: Sequence[Job]) -> list[Row]:
     try:
-        with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+        workers = max(1, min(len(jobs), os.cpu_count() or 1))
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
             futures = [pool.submit(compile_, what, target) for compile_, what, target in jobs]
             return [row for future in futures for row in future.result()]
     except BrokenProcessPool:  # a compiler took its process down: each job in a process of its own shows which

@@ -47,6 +47,7 @@ def configurations():
         Configuration(  # 128 kB a stage
             _matmul_kernel, product, tile | {"BLOCK_K": 256}, num_stages=3, label="large tiles", matrix=True
         ),
+        Configuration(_matmul_kernel, product, {"M": 16, "N": 16, "BLOCK_K": 64}, label="small tiles", matrix=True),
         Configuration(
             _matmul_kernel, product, tile, label="matmul", matrix=True,
             work=Work("128×128×4096", 2 * 2 * 128 * 4096, 2 * 128 * 128 * 4096),
