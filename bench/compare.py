@@ -13,19 +13,22 @@ from bench.arguments import Parser
 from bench.results import Row, Unreadable, by_name, ratio, read
 from bench.suite import console
 
-LEAST = 0.03  # two runs of the same code differ by as much without any quartile showing it
+LEAST = 0.03  # a smaller change fails nothing, however narrow the quartiles of a quiet machine are
 FAILURES = ("slower", "WRONG", "failed", "vanished", "no common peer")
 
 
 @dataclass(frozen=True)
 class Change:
-    """A row of both files: `old` and `new` are (lowest, median, highest) of the peer's time over ours."""
+    """A row of both files: `old` and `new` are (lowest, median, highest) of the peer's time over ours. `moved`: how the
+    peer itself changed, its time over the machine's limit; far from 0 the two runs met different conditions, which a
+    ratio need not survive (what a page of fresh memory costs, say)."""
 
     case: str
     verdict: str
     peer: str = ""
     old: tuple[float, float, float] | None = None
     new: tuple[float, float, float] | None = None
+    moved: float | None = None
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -72,7 +75,10 @@ def compare(old: Row, new: Row | None) -> list[Change]:
     changes = []
     for peer in dict.fromkeys([best, *(["eager"] if "eager" in peers else [])]):
         then, now = _bounds(before, peer), _bounds(after, peer)
-        changes.append(Change(old["case"], verdict(then, now), peer, then, now))
+        moved = None
+        if "limit_ms" in old and "limit_ms" in new:
+            moved = before[peer]["share_of_limit"] / after[peer]["share_of_limit"] - 1
+        changes.append(Change(old["case"], verdict(then, now), peer, then, now, moved))
     return changes
 
 
@@ -95,7 +101,14 @@ def table(changes: Sequence[Change]) -> Table:
     made = Table(
         box=None, pad_edge=False, title="time of the peer over fastllm's, with its range", title_justify="left"
     )
-    for heading, side in (("", "left"), ("peer", "left"), ("old", "right"), ("new", "right"), ("change", "right")):
+    for heading, side in (
+        ("", "left"),
+        ("peer", "left"),
+        ("old", "right"),
+        ("new", "right"),
+        ("change", "right"),
+        ("peer itself", "right"),
+    ):
         made.add_column(heading, justify=side, overflow="fold")  # type: ignore[arg-type]
     made.add_column("", no_wrap=True)
     case = ""
@@ -104,5 +117,6 @@ def table(changes: Sequence[Change]) -> Table:
         style = "bold red" if change.verdict in FAILURES else "green" if change.verdict == "faster" else None
         cells = [f"{ratio(r[1])} ({r[0]:.2f}–{r[2]:.2f})" if r else "–" for r in (change.old, change.new)]
         moved = f"{change.new[1] / change.old[1] - 1:+.0%}" if change.old and change.new else ""
-        made.add_row(name, change.peer, *cells, moved, change.verdict, style=style)
+        itself = f"{change.moved:+.0%}" if change.moved is not None else ""
+        made.add_row(name, change.peer, *cells, moved, itself, change.verdict, style=style)
     return made

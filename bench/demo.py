@@ -285,8 +285,8 @@ def show(runs: dict[str, dict[str, Any]], out: Path) -> None:
     console.print(words)
     print()
     print(runs["patched"]["report"])
-    plots.save(plots.curves(runs), out / "demo.png")
     record = {"machine": where, "rows": rows, "sentence": words, "runs": runs}
+    plots.save(plots.figures(record)["curves"], out / "demo.png")
     (out / "demo.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"\nBoth curves: {out / 'demo.png'}   numbers: {out / 'demo.json'}")
 

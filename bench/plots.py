@@ -11,8 +11,10 @@ from bench.results import PASSES, Row, by_name, milliseconds, ratio, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
+Record = Sequence[Row] | Row  # what a suite wrote, or the demo
 # Okabe and Ito's colours, which the colour-blind tell apart too; shapes say the same once more.
 STYLES = {"fastllm": ("#0072B2", "o"), "eager": ("#7F7F7F", "s"), "torch.compile": ("#E69F00", "^")}
 OTHERS = (("#009E73", "D"), ("#CC79A7", "v"), ("#D55E00", "P"), ("#56B4E9", "X"), ("#000000", "*"))
@@ -25,37 +27,42 @@ SETTINGS = {
 }
 
 
-def draw(rows: Sequence[Row], folder: Path, name: str, suffix: str = ".png", note: str = "") -> list[Path]:
-    """Writes every picture that the rows are good for into `folder` as NAME-PICTURE; returns the files. `note` goes
-    into a file's metadata."""
-    import matplotlib
-
+def draw(record: Record, folder: Path, name: str, suffix: str = ".png", note: str = "") -> list[Path]:
+    """Writes every picture that a suite's rows, or the demo's record, are good for into `folder` as NAME-PICTURE;
+    returns the files. `note` goes into a file's metadata."""
     paths = []
-    with matplotlib.rc_context(SETTINGS):
-        for picture, figure in figures(rows).items():
-            paths.append(folder / f"{name}-{picture}{suffix}")
-            save(figure, paths[-1], note)
+    for picture, figure in figures(record).items():
+        paths.append(folder / f"{name}-{picture}{suffix}")
+        save(figure, paths[-1], note)
     return paths
 
 
 def save(figure: Figure, path: Path, note: str = "") -> None:
+    import matplotlib
+
     metadata = {"Description": note} | ({"Date": None} if path.suffix == ".svg" else {})
-    figure.savefig(path, dpi=120, metadata=metadata)
+    with matplotlib.rc_context(SETTINGS):
+        figure.savefig(path, dpi=120, metadata=metadata)
 
 
-def figures(rows: Sequence[Row]) -> dict[str, Figure]:
+def figures(record: Record) -> dict[str, Figure]:
     """Picture -> figure. Rows without a time of ours (WRONG, or failed) are in none but the first."""
-    if "contestant" in rows[0]:
-        return {"steps": steps(rows)}
-    made = {"limit": limits(rows)}
-    timed = [row for row in rows if "median_ms" in by_name(row).get("fastllm", {})]
-    for which, short_name in PASSES.items():
-        of_pass = [row for row in timed if row["pass"] == which]
-        if any("ratio" in found for row in of_pass for found in _peers(row)):
-            made[f"peers-{short_name.replace('+', '-')}"] = against_peers(of_pass, which)
-    if grown := series(timed):
-        made["length"] = by_length(grown)
-    return made
+    import matplotlib
+
+    with matplotlib.rc_context(SETTINGS):
+        if isinstance(record, dict):
+            return {"curves": curves(record["runs"])}
+        if "contestant" in record[0]:
+            return {"steps": steps(record)}
+        made = {"limit": limits(record)}
+        timed = [row for row in record if "median_ms" in by_name(row).get("fastllm", {})]
+        for which, short_name in PASSES.items():
+            of_pass = [row for row in timed if row["pass"] == which]
+            if any("ratio" in found for row in of_pass for found in _peers(row)):
+                made[f"peers-{short_name.replace('+', '-')}"] = against_peers(of_pass, which)
+        if grown := series(timed):
+            made["length"] = by_length(grown)
+        return made
 
 
 def limits(rows: Sequence[Row]) -> Figure:
@@ -67,8 +74,11 @@ def limits(rows: Sequence[Row]) -> Figure:
         for name, found in reversed(by_name(row).items()):  # ours last, on top
             if "share_of_limit" in found:
                 color, marker = styles[name]
-                size = 52 if name == "fastllm" else 24
-                axes.scatter(100 * found["share_of_limit"], place, size, color, marker, zorder=3, label=name)
+                size = 56 if name == "fastllm" else 32
+                axes.scatter(
+                    100 * found["share_of_limit"], place, size, color, marker=marker, label=name,
+                    zorder=3, edgecolors="white", linewidths=0.5,
+                )  # fmt: skip
                 shares.append(found["share_of_limit"])
         ours = by_name(row).get("fastllm", {})
         reached = (
@@ -78,7 +88,9 @@ def limits(rows: Sequence[Row]) -> Figure:
         axes.text(1.01, place, reached, color=STYLES["fastllm"][0] if "%" in reached else "#D55E00", **beside)
     axes.text(1.01, -0.9, "fastllm", color=STYLES["fastllm"][0], **beside)
     axes.axvline(100, color="black", linewidth=1)
-    axes.set_xlim(0, 105 * max(shares))
+    axes.text(100, -0.9, "limit", ha="center", va="center", fontsize=8)
+    axes.set_xlim(-1.5 * max(shares), 105 * max(shares))
+    axes.set_xticks(range(0, int(105 * max(shares)) + 1, 20 if max(shares) < 2 else 100))
     axes.set_xlabel("% of the limit: bytes at the speed of a copy, or FLOPs at that of a matmul, in the same run")
     _by_case(axes, rows)
     return _finish(figure, axes, rows, "Share of the machine's limit", styles)
@@ -95,7 +107,7 @@ def against_peers(rows: Sequence[Row], which: str) -> Figure:
         top = place
         for found in group:
             color, _ = styles[found["name"]]
-            axes.barh(place, found["ratio"] - 1, 0.85, left=1, color=color, label=found["name"])
+            axes.barh(place, found["ratio"] - 1, 0.85, left=1, color=color, edgecolor=color, label=found["name"])
             faster = found["ratio"] >= 1
             axes.annotate(
                 ratio(found["ratio"]), (found["ratio"], place), (3 if faster else -3, 0), textcoords="offset points",
@@ -104,10 +116,10 @@ def against_peers(rows: Sequence[Row], which: str) -> Figure:
             place += 1
         middles.append((top + place - 1) / 2)
         place += 0.6
-    axes.axvline(1, color="black", linewidth=1)
+    axes.axvline(1, color="black", linewidth=1, zorder=0.9)  # under a bar of 1×, which is but an edge
     axes.set_xscale("log")
-    axes.set_xlim(min(0.8, 0.75 * min(ratios)), 1.25 * max(2, *ratios))
-    _plain_ticks(axes, "×")
+    axes.set_xlim(min(0.8, 0.6 * min(ratios)), 1.3 * max(2, *ratios))
+    _plain_ticks(axes.xaxis, "×")
     axes.set_ylim(place - 0.9, -0.7)
     axes.set_yticks(middles, [short(row) for row in rows], fontsize=8)
     axes.tick_params(axis="y", length=0)
@@ -154,8 +166,8 @@ def by_length(grown: dict[str, list[Row]]) -> Figure:
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
-        axes.minorticks_off()
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.minorticks_off()
+        _plain_ticks(axes.yaxis)
         axes.grid(alpha=0.3)
         axes.set_title(title)
         axes.set(xlabel="L", ylabel="ms, median and quartiles")
@@ -254,15 +266,15 @@ def _by_case(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_axisbelow(True)
 
 
-def _plain_ticks(axes: Axes, unit: str) -> None:
-    from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+def _plain_ticks(axis: Axis, unit: str = "") -> None:
+    """1, 2, 5, 10, ... on a logarithmic axis whose limits are set."""
+    from matplotlib.ticker import FixedLocator, NullLocator
 
-    low, high = axes.get_xlim()
-    ticks = [m * 10.0**e for e in range(-3, 5) for m in (1, 2, 5)]
-    axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}{unit}")
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    low, high = axis.get_view_interval()
+    ticks = [m * 10.0**e for e in range(-6, 7) for m in (1, 2, 5)]
+    axis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
+    axis.set_major_formatter(lambda value, _: f"{value:g}{unit}")
+    axis.set_minor_locator(NullLocator())
 
 
 def _finish(

@@ -61,10 +61,7 @@ def write(results: Path, docs: Path) -> None:
     for file in _files(results):
         folder = docs / IMAGES / file.parent.name
         folder.mkdir(parents=True, exist_ok=True)
-        if "runs" in (record := _load(file)):
-            plots.save(plots.curves(record["runs"]), folder / "demo-curves.svg", _digest(file))
-        else:
-            plots.draw(record, folder, file.stem, ".svg", _digest(file))
+        plots.draw(_load(file), folder, file.stem, ".svg", _digest(file))
 
 
 def check(results: Path, docs: Path) -> list[str]:
@@ -95,9 +92,8 @@ def pictures(results: Path) -> list[tuple[Path, str]]:
     """(path below docs, digest of its data) of every picture that the page shows."""
     found = []
     for file in _files(results):
-        record = _load(file)
-        names = ["curves"] if "runs" in record else list(plots.figures(record))
-        found += [(IMAGES / file.parent.name / f"{file.stem}-{name}.svg", _digest(file)) for name in names]
+        folder, digest = IMAGES / file.parent.name, _digest(file)
+        found += [(folder / f"{file.stem}-{name}.svg", digest) for name in plots.figures(_load(file))]
     return found
 
 
@@ -107,7 +103,7 @@ def _files(results: Path) -> list[Path]:
     return sorted(results.glob("*/*.json"), key=lambda f: (f.parent.name, order.get(f.stem, len(order)), f.stem))
 
 
-def _load(file: Path) -> list[Row] | dict:
+def _load(file: Path) -> plots.Record:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         if "runs" not in record:
@@ -127,7 +123,7 @@ def _device(files: Sequence[Path]) -> str:
     return where.get("gpu") or f"{where['cpu']}, {where['cores']} cores"
 
 
-def _demo(file: Path, record: dict) -> list[str]:
+def _demo(file: Path, record: Row) -> list[str]:
     where = record["machine"]
     return [
         "### demo",
