@@ -42,7 +42,7 @@ def describe(device: Cpu | Cuda | None = None) -> dict[str, Any]:
 def sentence(machine: dict[str, Any]) -> str:
     """The same in one line for people. Rows written before there was a --device lack its keys: they are of a CPU."""
     if gpu := machine.get("gpu"):
-        what = f"{gpu}, driver {machine['driver']}, CUDA {machine['cuda']}, host {machine['cpu']}"
+        what = f"{gpu}, driver {machine['driver'] or 'unknown'}, CUDA {machine['cuda']}, host {machine['cpu']}"
     else:
         what = machine["cpu"]
     versions = ", ".join(f"{name} {machine[name]}" for name in PACKAGES if machine[name])
