@@ -37,8 +37,9 @@ bench: install ## each op beside its peers, with the bandwidth limit of this mac
 sweep: install ## patch every causal-LM family of the installed transformers and compare it with the unpatched model
 	@$(PY) -m fastllm.patching.sweep --markdown docs/families.md --least 130 $(ARGS)
 
-docs: install ## write docs/ops from the docstrings
+docs: install ## write docs/ops from the docstrings and docs/benchmarks.md from bench/results
 	@$(PY) docs/generate.py
+	@$(PY) -m bench report
 
 clean: ## remove the environment and everything built
 	rm -rf .venv build dist *.egg-info fastllm/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
