@@ -34,7 +34,7 @@ def parser(suite: str, description: str) -> Parser:
     return made
 
 
-def check_writable(parser: Parser, file: str | None, folder: str | None) -> None:
+def check_writable(parser: Parser, file: str | None, folder: str | None = None) -> None:
     """Ends the program before anything is measured when the results could not be written afterwards."""
     try:
         path = file
