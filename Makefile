@@ -8,7 +8,7 @@ PY := .venv/bin/python
 # Twice quiet: pip prints errors only, not a warning per package index that lacks a package.
 PIP := $(PY) -m pip --disable-pip-version-check --quiet --quiet
 
-.PHONY: help install demo test lint bench sweep docs clean
+.PHONY: help install demo test lint static bench sweep docs clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -28,14 +28,18 @@ lint: install ## ruff and mypy
 	@.venv/bin/ruff format --check
 	@.venv/bin/mypy
 
+static: install ## compile every GPU kernel for every chip and say what is wrong with it; needs no GPU
+	@$(PY) -m bench static $(ARGS)
+
 bench: install ## each op beside its peers, with the bandwidth limit of this machine
 	@$(PY) -m bench $(or $(ARGS),kernels)
 
 sweep: install ## patch every causal-LM family of the installed transformers and compare it with the unpatched model
 	@$(PY) -m fastllm.patching.sweep --markdown docs/families.md --least 130 $(ARGS)
 
-docs: install ## write docs/ops from the docstrings
+docs: install ## write docs/ops from the docstrings and docs/benchmarks.md from bench/results
 	@$(PY) docs/generate.py
+	@$(PY) -m bench report
 
 clean: ## remove the environment and everything built
 	rm -rf .venv build dist *.egg-info fastllm/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

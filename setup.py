@@ -135,10 +135,7 @@ class BuildKernels(build_ext):
         chips = os.environ.get("FASTLLM_CUDA_ARCHITECTURES", ",".join(CUDA_ARCHITECTURES)).split(",")
         codes = [f"-gencode=arch=compute_{chip},code=sm_{chip}" for chip in chips]
         codes.append(f"-gencode=arch=compute_{chips[-1]},code=compute_{chips[-1]}")
-        flags = [
-            *("-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA", STABLE_ABI),
-            *(f"-I{torch_dir}/include", f"-I{SOURCES}"),
-        ]
+        flags = nvcc_flags(torch_dir)
         commands = {}
         for source in sorted(SOURCES.glob("cuda/*.cu")):
             output = build_dir / f"{source.stem}.cu.o"
@@ -192,6 +189,14 @@ class BuildKernels(build_ext):
             list(pool.map(run, commands))
 
 
+def nvcc_flags(torch_dir):
+    """All but the chips; `python -m bench static` reads them too, so that it looks at the very code that ships."""
+    return [
+        *("-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA", STABLE_ABI),
+        *(f"-I{torch_dir}/include", f"-I{SOURCES}"),
+    ]
+
+
 def wants_cuda():
     asked = os.environ.get("FASTLLM_BUILD_CUDA")
     if asked is not None:
@@ -204,12 +209,12 @@ def wants_cuda():
         return False
 
 
-extensions = [Extension("fastllm._C", [], py_limited_api=True)]
-if wants_cuda() and list(SOURCES.glob("cuda/*.cu")):
-    extensions.append(Extension("fastllm._C_cuda", [], py_limited_api=True))
-
-setup(
-    ext_modules=extensions,
-    cmdclass={"build_ext": BuildKernels},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+if __name__ == "__main__":
+    extensions = [Extension("fastllm._C", [], py_limited_api=True)]
+    if wants_cuda() and list(SOURCES.glob("cuda/*.cu")):
+        extensions.append(Extension("fastllm._C_cuda", [], py_limited_api=True))
+    setup(
+        ext_modules=extensions,
+        cmdclass={"build_ext": BuildKernels},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )

@@ -1,4 +1,5 @@
-"""``python -m bench SUITE``: one module of this folder per suite, each with a ``main(arguments) -> exit code``."""
+"""``python -m bench SUITE``: one module of this folder per suite, each with a ``main(arguments) -> exit code``; and
+what is done with their results."""
 
 from __future__ import annotations
 
@@ -11,18 +12,23 @@ SUITES = {
     "loss": "the losses over a vocabulary, with and without the output head",
     "train": "a training step of a 134 M Llama: unpatched, compiled, patched",
     "demo": "a small Llama trained on real text, unpatched and patched",
-    "static": "what the compilers make of every Triton kernel, without a GPU",
+    "static": "what the compilers make of every GPU kernel, without a GPU",
+}
+OTHERS = {
+    "compare": "two --json files of a suite: what became slower, by the ratio to its peers",
+    "report": "docs/benchmarks.md from bench/results",
 }
 
 
 def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
-        lines = [f"  {name:<8} {what}" for name, what in SUITES.items()]
+        lines = [f"  {name:<8} {what}" for name, what in (SUITES | OTHERS).items()]
         print("\n".join(["usage: python -m bench SUITE [-h] [...]", "", *lines]))
         return 0
     suite, *rest = arguments
-    if suite not in SUITES:
-        print(f"python -m bench: error: unknown suite {suite!r}; there are {', '.join(SUITES)}", file=sys.stderr)
+    if suite not in SUITES | OTHERS:
+        known = ", ".join(SUITES | OTHERS)
+        print(f"python -m bench: error: unknown suite {suite!r}; there are {known}", file=sys.stderr)
         return 2
     return importlib.import_module(f"bench.{suite}").main(rest)
 

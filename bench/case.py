@@ -20,12 +20,14 @@ class Missing(Exception):
 class Case:
     """An op at one shape.
 
-    ``inputs(dtype)`` makes one set of fresh random arguments. ``ours``, ``eager`` and each peer are called with them.
+    ``inputs(dtype)`` makes one set of fresh random arguments, on torch's default device of the moment. ``ours``,
+    ``eager`` and each peer are called with them.
     ``eager`` is what a model does without fastllm, in the same steps and dtypes; it is also run under torch.compile.
     ``exact`` is the formula in whatever dtype it is given: with fp64 inputs it is what every result is checked against.
     A peer maps its name to a function that imports it and returns the callable, or raises Missing or ImportError.
     ``constants`` are the positions of inputs without a gradient. ``flops`` counts one forward pass; bytes need no
-    counting by hand, as each input is read once and each output written once.
+    counting by hand, as each input is read once and each output written once. ``length`` is the number of `shape` that
+    sets this case apart from others of its op: cases that differ in nothing else are plotted against it.
     """
 
     op: str
@@ -39,6 +41,7 @@ class Case:
     passes: tuple[str, ...] = (FORWARD, BOTH)
     constants: tuple[int, ...] = ()
     flops: int = 0
+    length: int | None = None
 
     def label(self, dtype: torch.dtype, which: str) -> str:
         """What --only matches: "rms_norm 8192x4096 bf16 forward"."""

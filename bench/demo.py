@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import resource
 import signal
 import subprocess
@@ -25,6 +24,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from bench import plots
 from bench.arguments import Parser
 
 SIDES = ("unpatched", "patched")
@@ -257,11 +257,9 @@ def sentence(found: dict[str, Any], losses: Sequence[float]) -> str:
 
 def show(runs: dict[str, dict[str, Any]], out: Path) -> None:
     import rich.table
-    import torch
-    import transformers
     from rich.console import Console
 
-    import fastllm
+    from bench import machine
 
     found = summary(runs)
     rate, step = found["rate"], found["step"]
@@ -272,11 +270,10 @@ def show(runs: dict[str, dict[str, Any]], out: Path) -> None:
         ("step time, median", *(f"{1e3 * step[s]:.0f} ms" for s in SIDES), f"{step['patched'] / step['unpatched']:.2f} x"),
         ("peak memory over the built model", *(f"{runs[s]['peak_mb']:.0f} MB" for s in SIDES), f"{found['memory']:.2f} x"),
     ]  # fmt: skip
-    versions = (
-        f"{processor()}, {torch.get_num_threads()} threads; Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, fastllm {fastllm.__version__}; fp32"
+    where = machine.describe()
+    table = rich.table.Table(
+        title="The same training run, unpatched and patched", caption=f"{machine.sentence(where)}; fp32"
     )
-    table = rich.table.Table(title="The same training run, unpatched and patched", caption=versions)
     for heading in ("", *SIDES, "patched against unpatched"):
         table.add_column(heading, justify="left" if heading in ("", "patched against unpatched") else "right")
     for row in rows:
@@ -288,39 +285,10 @@ def show(runs: dict[str, dict[str, Any]], out: Path) -> None:
     console.print(words)
     print()
     print(runs["patched"]["report"])
-    plot(runs, out / "demo.png")
-    record = {"environment": versions, "rows": rows, "sentence": words, "runs": runs}
-    (out / "demo.json").write_text(json.dumps(record, indent=1))
+    record = {"machine": where, "rows": rows, "sentence": words, "runs": runs}
+    plots.save(plots.figures(record)["curves"], out / "demo.png")
+    (out / "demo.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"\nBoth curves: {out / 'demo.png'}   numbers: {out / 'demo.json'}")
-
-
-def processor() -> str:
-    """The CPU's name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def plot(runs: dict[str, dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (by_step, by_time) = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
-    for side, color, style in (("unpatched", "#888888", "-"), ("patched", "#d1495b", "--")):
-        losses, seconds = runs[side]["losses"], [second for block in runs[side]["blocks"] for second in block]
-        elapsed = [sum(seconds[: i + 1]) for i in range(len(seconds))]
-        by_step.plot(range(1, len(losses) + 1), losses, style, color=color, label=side)
-        by_time.plot(elapsed, losses, style, color=color, label=side)
-    by_step.set(xlabel="step", ylabel="training loss, nats per byte", title="Same seed, same data: the same curve")
-    by_time.set(xlabel="seconds of training", title="Against time")
-    for axes in (by_step, by_time):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -42,8 +42,18 @@ LIGER_ROPE = peers.liger("liger_rope", lambda f, *arguments: f(*arguments))
 CASES = [
     Case(
         "rms_norm", "8192x4096", _normal(BIG, CHANNELS), ops.rms_norm, eager.rms_norm, eager.exact_rms_norm,
-        {"F.rms_norm": peers.torch_rms_norm}
-        | peers.liger("liger_rms_norm", lambda f, x, w: f(x, w, 1e-6, in_place=False)),
+        {"F.rms_norm": peers.torch_rms_norm, "xformers": peers.xformers_rms_norm}
+        | peers.liger("liger_rms_norm", lambda f, x, w: f(x, w, 1e-6, in_place=False))
+        | peers.flash_attn("layer_norm:rms_norm_fn", lambda f, x, w: f(x, w, None, eps=1e-6)),
+        length=8192,
+    ),
+    *(  # few rows: where the cost of a call shows
+        Case(
+            "rms_norm", f"{rows}x4096", _normal((rows, 4096), CHANNELS), ops.rms_norm, eager.rms_norm,
+            eager.exact_rms_norm, {"F.rms_norm": peers.torch_rms_norm}, dtypes=(torch.bfloat16,), passes=(FORWARD,),
+            length=rows,
+        )
+        for rows in (16, 128, 1024)
     ),
     Case(
         "rms_norm", "8192x4096 into out", _normal(BIG, CHANNELS, BIG), lambda x, w, out: ops.rms_norm(x, w, out=out),
@@ -56,7 +66,8 @@ CASES = [
     ),
     Case(
         "layer_norm", "8192x4096", _normal(BIG, CHANNELS, CHANNELS), ops.layer_norm, eager.layer_norm, eager.layer_norm,
-        peers.liger("liger_layer_norm", lambda f, x, w, b: f(x, w, b, 1e-5)),
+        peers.liger("liger_layer_norm", lambda f, x, w, b: f(x, w, b, 1e-5))
+        | peers.flash_attn("layer_norm:layer_norm_fn", lambda f, x, w, b: f(x, w, b, eps=1e-5)),
     ),
     Case("apply_rope", "q 4x32x2048x128 k 4x8", _rope(), *ROPE, LIGER_ROPE, constants=(2, 3)),
     Case(

@@ -29,7 +29,8 @@ def _hidden(channels: int) -> Callable[[torch.dtype], tuple[Any, ...]]:
 
 CROSS_ENTROPY = Case(
     "cross_entropy", "2048x32000", _logits, ops.cross_entropy, eager.cross_entropy, F.cross_entropy,
-    peers.liger("liger_cross_entropy", lambda f, logits, target: f(logits, target)),
+    peers.liger("liger_cross_entropy", lambda f, logits, target: f(logits, target))
+    | peers.flash_attn("cross_entropy:cross_entropy_loss", lambda f, logits, target: f(logits, target)[0].mean()),
 )  # fmt: skip
 CASES = [
     CROSS_ENTROPY,

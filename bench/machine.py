@@ -14,14 +14,16 @@ from typing import Any
 import torch
 
 import fastllm
+from bench.device import Cpu, Cuda
 from fastllm import backends
 from fastllm.kernels import cpp
 
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel")
 
 
-def describe() -> dict[str, Any]:
+def describe(device: Cpu | Cuda | None = None) -> dict[str, Any]:
     return {
+        **(device or Cpu()).describe(),
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -32,18 +34,28 @@ def describe() -> dict[str, Any]:
         "instruction_set": cpp.capability() or None,
         "forced_backend": backends.forced,
         "commit": _commit(),
-        "command": " ".join(["python -m bench", *sys.argv[1:]]),
+        "command": " ".join(["python -m", _module(), *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 
 def sentence(machine: dict[str, Any]) -> str:
-    """The same in one line for people."""
+    """The same in one line for people. Rows written before there was a --device lack its keys: they are of a CPU."""
+    if gpu := machine.get("gpu"):
+        what = f"{gpu}, driver {machine['driver'] or 'unknown'}, CUDA {machine['cuda']}, host {machine['cpu']}"
+    else:
+        what = machine["cpu"]
     versions = ", ".join(f"{name} {machine[name]}" for name in PACKAGES if machine[name])
     kernels = f"kernels for {machine['instruction_set']}" if machine["instruction_set"] else "no C++ kernels"
     forced = f", backend {machine['forced_backend']} forced" if machine["forced_backend"] else ""
-    commit = (machine["commit"] or "unknown")[:12]
-    return f"{machine['cpu']}, {machine['threads']} threads, {versions}, {kernels}{forced}, commit {commit}"
+    head, changes, _ = (machine["commit"] or "unknown").partition("+changes")
+    commit = head[:12] + (" with changes" if changes else "")
+    return f"{what}, {machine['threads']} threads, {versions}, {kernels}{forced}, commit {commit}"
+
+
+def _module() -> str:
+    name = Path(sys.argv[0]).stem
+    return "bench" if name == "__main__" else f"bench.{name}"
 
 
 def _cpu_model() -> str:

@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
 import gc
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.case import BOTH, DTYPE_NAMES, Case, Missing
+from bench.device import Cpu, Cuda
+from bench.results import Row
 
-Row = dict[str, Any]
 ATOL = {torch.float32: 1e-6, torch.bfloat16: 1e-4, torch.float16: 1e-4}
-COPIED_BYTES = 256 << 20
-MATMUL_SIZE = 2048
+Inputs = tuple[tuple[Any, ...], list[int], list[Tensor]]
 
 
-def run_case(case: Case, dtype: torch.dtype, which: str, runs: int) -> Row:
+def run_case(case: Case, dtype: torch.dtype, which: str, runs: int, device: Cpu | Cuda) -> Row:
     """One row: what every contestant of the case took, `runs` times each in turn, and how far it was from fp64."""
     torch._dynamo.reset()  # a row's compiled peer is compiled for that row, never for the shapes of several
-    sets = _input_sets(case, dtype, which)
+    sets = input_sets(case, dtype, which, device)
     row: Row = {
         "case": case.label(dtype, which),
         "op": case.op,
         "shape": case.shape,
+        "length": case.length,
         "dtype": DTYPE_NAMES[dtype],
         "pass": which,
         "runs": runs,
@@ -43,25 +41,26 @@ def run_case(case: Case, dtype: torch.dtype, which: str, runs: int) -> Row:
         try:
             function = build()
             begin = time.perf_counter()
-            results[name] = _tensors(_call(function, *sets[0]))
+            results[name] = tensors(call(function, *sets[0]))
+            device.wait()
             found[name]["first_ms"] = 1e3 * (time.perf_counter() - begin)
             ready[name] = function
         except Exception as error:  # whatever a peer raises, the others are still wanted, and this one's reason is told
-            found[name]["missing"] = _reason(error)
+            found[name]["missing"] = reason(error)
     row["bytes"] = _bytes_moved(sets[0], results.get("fastllm") or results.get("eager") or [], which)
     row["flops"] = case.flops * (3 if which == BOTH else 1)
-    _check(case, sets[0], dtype, results, found)
+    check(case, sets[0], dtype, results, found)
     results.clear()
     if found["fastllm"].get("wrong"):
         ready.pop("fastllm")
 
-    probes = _probes(dtype, bool(case.flops))
-    samples = _interleave({**{n: _bound(f, sets) for n, f in ready.items()}, **probes}, runs)
+    probes = _probes(dtype, bool(case.flops), device)
+    samples = _interleave({**{n: bound(f, sets) for n, f in ready.items()}, **probes}, runs, device)
     copy = statistics.median(samples["copy"])
-    row["copy_gb_per_s"] = 2 * COPIED_BYTES / copy / 1e9
+    row["copy_gb_per_s"] = 2 * device.copied_bytes / copy / 1e9
     limits = [row["bytes"] / row["copy_gb_per_s"] / 1e9]
     if case.flops:
-        row["matmul_gflop_per_s"] = 2 * MATMUL_SIZE**3 / statistics.median(samples["matmul"]) / 1e9
+        row["matmul_gflop_per_s"] = 2 * device.matmul_size**3 / statistics.median(samples["matmul"]) / 1e9
         limits.append(row["flops"] / row["matmul_gflop_per_s"] / 1e9)
     row["limit_ms"] = 1e3 * max(limits)
     row["limited_by"] = "matmul" if limits[-1] > limits[0] else "memory"
@@ -75,7 +74,7 @@ def run_case(case: Case, dtype: torch.dtype, which: str, runs: int) -> Row:
             "gb_per_s": row["bytes"] / median / 1e9,
             "gflop_per_s": row["flops"] / median / 1e9,
             "share_of_limit": row["limit_ms"] / (1e3 * median),
-            "extra_bytes": peak_extra(lambda f=function: _call(f, *sets[0])),
+            "extra_bytes": device.peak_extra(lambda f=function: call(f, *sets[0])),
         }
     if "fastllm" in ready:
         for contestant in found.values():
@@ -85,7 +84,7 @@ def run_case(case: Case, dtype: torch.dtype, which: str, runs: int) -> Row:
     return row
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, Missing):
         return lines[0]
@@ -94,13 +93,14 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
-def _input_sets(case: Case, dtype: torch.dtype, which: str) -> list[tuple[tuple[Any, ...], list[int], list[Tensor]]]:
-    """(arguments, positions that get a gradient, gradients of the outputs), enough of them that no call finds its
-    arguments in the last-level cache."""
-    sets: list[tuple[tuple[Any, ...], list[int], list[Tensor]]] = []
+def input_sets(case: Case, dtype: torch.dtype, which: str, device: Cpu | Cuda) -> list[Inputs]:
+    """(arguments, positions that get a gradient, gradients of the outputs), made on the device, and enough of them
+    that no call finds its arguments in the last-level cache."""
+    sets: list[Inputs] = []
     size = 0
-    while len(sets) < 2 or size < 2 * last_level_cache():
-        arguments = case.inputs(dtype)
+    while len(sets) < 2 or size < 2 * device.cache_bytes:
+        with torch.device(device.name):
+            arguments = case.inputs(dtype)
         floating = [n for n, a in enumerate(arguments) if isinstance(a, Tensor) and a.is_floating_point()]
         wanted = [n for n in floating if n not in case.constants] if which == BOTH else []
         for n in wanted:
@@ -108,44 +108,34 @@ def _input_sets(case: Case, dtype: torch.dtype, which: str) -> list[tuple[tuple[
         grads = []
         if which == BOTH:
             with torch.no_grad():
-                outputs = _outputs(case.eager(*arguments))
+                outputs = outputs_of(case.eager(*arguments))
             grads = [torch.randn_like(y) if y.dim() else torch.ones_like(y) for y in outputs]
         sets.append((arguments, wanted, grads))
-        size += sum(a.nbytes for a in arguments if isinstance(a, Tensor)) or 2 * last_level_cache()
+        size += sum(a.nbytes for a in arguments if isinstance(a, Tensor)) or 2 * device.cache_bytes
     return sets
 
 
-def last_level_cache() -> int:
-    """Bytes of the largest cache of CPU 0; 64 MiB where the system does not say."""
-    sizes = []
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()
-        if text.endswith("K"):
-            sizes.append(int(text[:-1]) << 10)
-    return max(sizes, default=64 << 20)
-
-
-def _outputs(result: Any) -> list[Tensor]:
+def outputs_of(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 
-def _call(function: Callable[..., Any], arguments: tuple[Any, ...], wanted: list[int], grads: list[Tensor]) -> Any:
+def call(function: Callable[..., Any], arguments: tuple[Any, ...], wanted: list[int], grads: list[Tensor]) -> Any:
     """One pass: the outputs, and the gradients where some are wanted."""
     if not wanted:
         with torch.no_grad():
             return function(*arguments), ()
-    outputs = _outputs(function(*arguments))
+    outputs = outputs_of(function(*arguments))
     # an output's gradient has its dtype, which need not be eager's: a loss may come in fp32 or in the inputs' dtype
     fitting = [g if g.dtype == y.dtype else g.to(y.dtype) for g, y in zip(grads, outputs)]
     return outputs, torch.autograd.grad(outputs, [arguments[n] for n in wanted], fitting)
 
 
-def _tensors(result: Any) -> list[Tensor]:
+def tensors(result: Any) -> list[Tensor]:
     outputs, grads = result
-    return [t.detach() for t in (*_outputs(outputs), *grads)]
+    return [t.detach() for t in (*outputs_of(outputs), *grads)]
 
 
-def _bytes_moved(inputs: tuple[tuple[Any, ...], list[int], list[Tensor]], results: list[Tensor], which: str) -> int:
+def _bytes_moved(inputs: Inputs, results: list[Tensor], which: str) -> int:
     """What the pass must move at least: inputs read, outputs written; and for the backward pass inputs and the outputs'
     gradients read, the inputs' gradients written. A tensor written into by the caller's wish counts once."""
     arguments, _, grads = inputs
@@ -155,9 +145,9 @@ def _bytes_moved(inputs: tuple[tuple[Any, ...], list[int], list[Tensor]], result
     return read + written + (read + sum(g.nbytes for g in grads) if which == BOTH else 0)
 
 
-def _check(
+def check(
     case: Case,
-    inputs: tuple[tuple[Any, ...], list[int], list[Tensor]],
+    inputs: Inputs,
     dtype: torch.dtype,
     results: dict[str, list[Tensor]],
     found: dict[str, Row],
@@ -169,7 +159,7 @@ def _check(
         a.detach().double().requires_grad_(n in wanted) if isinstance(a, Tensor) and a.is_floating_point() else a
         for n, a in enumerate(arguments)
     )
-    exact = _tensors(_call(case.exact, wide, wanted, [g.double() for g in grads]))
+    exact = tensors(call(case.exact, wide, wanted, [g.double() for g in grads]))
     del wide
     errors: dict[str, list[float]] = {}
     for name, values in results.items():
@@ -193,28 +183,28 @@ def _error(value: Tensor, reference: Tensor) -> float:
     return math.inf if math.isnan(worst) else worst
 
 
-def _probes(dtype: torch.dtype, matmul: bool) -> dict[str, Callable[[], Any]]:
-    """The machine's own limits, timed in turn with the contestants: copy_ of 256 MB, and a matrix product."""
-    source, target = (torch.ones(COPIED_BYTES // 4) for _ in range(2))
+def _probes(dtype: torch.dtype, matmul: bool, device: Cpu | Cuda) -> dict[str, Callable[[], Any]]:
+    """The device's own limits, timed in turn with the contestants: copy_ of a large tensor, and a matrix product."""
+    source, target = (torch.ones(device.copied_bytes // 4, device=device.name) for _ in range(2))
     probes: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(source)}
     if matmul:
-        a, b, c = (torch.randn(MATMUL_SIZE, MATMUL_SIZE).to(dtype) for _ in range(3))
+        a, b, c = (torch.randn(2 * (device.matmul_size,), device=device.name).to(dtype) for _ in range(3))
         probes["matmul"] = lambda: torch.mm(a, b, out=c)
     return probes
 
 
-def _bound(function: Callable[..., Any], sets: Sequence[Any]) -> Callable[[], Any]:
+def bound(function: Callable[..., Any], sets: Sequence[Any]) -> Callable[[], Any]:
     turn = 0
 
     def run() -> None:
         nonlocal turn
         turn += 1
-        _call(function, *sets[turn % len(sets)])
+        call(function, *sets[turn % len(sets)])
 
     return run
 
 
-def _interleave(contestants: dict[str, Callable[[], Any]], runs: int) -> dict[str, list[float]]:
+def _interleave(contestants: dict[str, Callable[[], Any]], runs: int, device: Cpu | Cuda) -> dict[str, list[float]]:
     """Seconds of each run, the contestants taking turns, so that a disturbance of the machine meets them all. The
     release of a run's results belongs to its time."""
     samples: dict[str, list[float]] = {name: [] for name in contestants}
@@ -225,9 +215,7 @@ def _interleave(contestants: dict[str, Callable[[], Any]], runs: int) -> dict[st
     try:
         for _ in range(runs):
             for name, run in contestants.items():
-                begin = time.perf_counter()
-                run()
-                samples[name].append(time.perf_counter() - begin)
+                samples[name].append(device.seconds(run))
     finally:
         gc.enable()
     return samples
@@ -236,39 +224,3 @@ def _interleave(contestants: dict[str, Callable[[], Any]], runs: int) -> dict[st
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
     low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
     return low, high
-
-
-def peak_extra(run: Callable[[], Any]) -> int | None:
-    """Bytes of memory that `run` needs at its peak beyond what is in use before it, its results included: the growth of
-    the process's resident set, as Linux keeps its high-water mark. None on other systems."""
-    before = reset_peak()
-    if before is None:
-        return None
-    result = run()
-    peak = peak_resident()
-    del result
-    return max(0, peak - before)
-
-
-def reset_peak() -> int | None:
-    """Hands freed memory back to the system, sets the high-water mark back and returns the resident set's bytes."""
-    gc.collect()
-    if (path := ctypes.util.find_library("c")) and hasattr(library := ctypes.CDLL(path), "malloc_trim"):
-        library.malloc_trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return _status("VmRSS")
-    except OSError:
-        return None
-
-
-def peak_resident() -> int:
-    """The high-water mark of the resident set since reset_peak, in bytes."""
-    return _status("VmHWM")
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) << 10
-    raise OSError(f"/proc/self/status has no {key}")

@@ -12,7 +12,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from bench import machine, suite
+from bench import machine, plots, suite
 from bench.measure import quartiles
 from bench.training import KINDS, Trainer, taking_turns
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
         "their own. Takes minutes.",
     )
     chosen = options.parse_args(arguments)
-    suite.check_writable(options, chosen.json)
+    suite.check_writable(options, chosen.json, chosen.plot)
     runs = QUICK_RUNS if chosen.quick else RUNS
     where, out = machine.describe(), suite.console()
     out.print(machine.sentence(where))
@@ -57,6 +57,7 @@ def main(arguments: Sequence[str]) -> int:
         differences = [abs(s.loss - u.loss) for s, u in zip(steps[kind], steps["unpatched"])]
         rows.append(
             {
+                "suite": "train",
                 "case": f"train step llama 134M bf16 1x{TOKENS}",
                 "contestant": kind,
                 "parameters": told[kind]["parameters"],
@@ -83,6 +84,9 @@ def main(arguments: Sequence[str]) -> int:
     out.print(told["patched"]["report"], soft_wrap=True)
     if chosen.json:
         Path(chosen.json).write_text(json.dumps(rows, indent=1) + "\n")
+    if chosen.plot:
+        for path in plots.draw(rows, Path(chosen.plot), "train"):
+            out.print(f"plot: {path}")
     return 0
 
 

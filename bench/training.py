@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.measure import peak_resident, reset_peak
+from bench.device import peak_resident, reset_peak
 
 KINDS = ("unpatched", "torch.compile", "patched")
 

@@ -7,17 +7,29 @@ import torch
 import torch.nn.functional as F
 
 from bench import __main__ as command
-from bench import eager, kernels, loss, measure, suite, train
+from bench import device, eager, kernels, loss, measure, suite, train
 from bench.case import FORWARD, Case
 
-VERSIONS = {"cpu", "threads", "torch", "triton", "transformers", "commit", "command", "instruction_set"}
+VERSIONS = {
+    "device",
+    "cpu",
+    "gpu",
+    "driver",
+    "threads",
+    "torch",
+    "triton",
+    "transformers",
+    "commit",
+    "command",
+    "instruction_set",
+}
 
 
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(measure, "COPIED_BYTES", 1 << 20)
-    monkeypatch.setattr(measure, "last_level_cache", lambda: 1 << 20)
+    small = device.Cpu(cache_bytes=1 << 20, copied_bytes=1 << 20, matmul_size=64)
+    monkeypatch.setattr(device, "find", lambda name: small)
 
 
 def exit_code(arguments):
@@ -34,6 +46,8 @@ def exit_code(arguments):
         (["kernels", "--only", "softmax"], "rms_norm"),
         (["kernels", "--only", "swiglu", "--json", "/no/such/folder/rows.json"], "/no/such/folder/rows.json"),
         (["train", "--json", "/"], "cannot write /"),
+        (["loss", "--plot", "/dev/null/plots"], "cannot write /dev/null/plots"),
+        (["kernels", "--device", "tpu"], "'tpu'"),
         (["loss", "--fast"], "--fast"),
     ],
 )
@@ -45,9 +59,17 @@ def test_a_wrong_call_is_one_line_and_exit_code_2(arguments, named, capsys):
     assert len(said.err.splitlines()) == 1
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_line_and_exit_code_2(capsys):
+    assert exit_code(["kernels", "--device", "cuda"]) == 2
+    said = capsys.readouterr()
+    assert (said.out, len(said.err.splitlines())) == ("", 1)
+    assert "--device cuda: torch" in said.err
+
+
 def test_help_lists_the_suites(capsys):
     assert command.main([]) == 0
-    assert set(command.SUITES) <= set(capsys.readouterr().out.split())
+    assert set(command.SUITES) | set(command.OTHERS) <= set(capsys.readouterr().out.split())
 
 
 def small_case(ours):
@@ -62,11 +84,14 @@ def small_case(ours):
 
 
 def test_rows_and_tables(quick, tmp_path, capsys):
-    path = tmp_path / "rows.json"
-    assert suite.main("made-up", [small_case(lambda x: 2 * x)], ["--quick", "--json", str(path)]) == 0
+    path, plots = tmp_path / "rows.json", tmp_path / "plots"
+    wanted = ["--quick", "--json", str(path), "--plot", str(plots)]
+    assert suite.main("made-up", [small_case(lambda x: 2 * x)], wanted) == 0
     rows = json.loads(path.read_text())
     assert [row["dtype"] for row in rows] == ["fp32", "bf16"]
+    assert {plot.name for plot in plots.iterdir()} == {"made-up-limit.png", "made-up-peers-fwd.png"}
     for row in rows:
+        assert row["suite"] == "made-up"
         assert set(row["machine"]) >= VERSIONS
         assert row["runs"] == suite.QUICK_RUNS
         assert {found["name"] for found in row["contestants"]} == {"fastllm", "eager", "torch.compile", "other"}
@@ -143,5 +168,5 @@ CASES = {
 def test_the_eager_peer_computes_the_exact_formula_in_its_dtype(name):
     function, exact, inputs = CASES[name]
     narrow = [i.float() if i.is_floating_point() else i for i in inputs]
-    for got, wanted in zip(measure._outputs(function(*narrow)), measure._outputs(exact(*inputs))):
+    for got, wanted in zip(measure.outputs_of(function(*narrow)), measure.outputs_of(exact(*inputs))):
         torch.testing.assert_close(got.double(), wanted.double(), rtol=1e-4, atol=1e-4)

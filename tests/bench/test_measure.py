@@ -6,20 +6,18 @@ import time
 import pytest
 import torch
 
-from bench import measure
+from bench import device, measure
 from bench.case import BOTH, FORWARD, Case, Missing
 
 ROWS = 1 << 21  # 8 MiB of fp32
 MS = 1e-3
+SMALL = device.Cpu(cache_bytes=1 << 20, copied_bytes=1 << 20, matmul_size=64)
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    """No compiler, a small copy and a small cache: the harness is tested, not the machine."""
+    """No compiler, and by SMALL a small copy and a small cache: the harness is tested, not the machine."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(measure, "COPIED_BYTES", 1 << 20)
-    monkeypatch.setattr(measure, "MATMUL_SIZE", 64)
-    monkeypatch.setattr(measure, "last_level_cache", lambda: 1 << 20)
 
 
 def double(x):
@@ -39,8 +37,8 @@ def case(ours=double, peers=None, **more):
     return Case("double", str(ROWS), lambda dtype: (torch.randn(ROWS).to(dtype),), ours, peers=peers or {}, **given)
 
 
-def run(case, which=FORWARD, runs=3, dtype=torch.float32):
-    row = measure.run_case(case, dtype, which, runs)
+def run(case, which=FORWARD, runs=3, dtype=torch.float32, on=SMALL):
+    row = measure.run_case(case, dtype, which, runs, on)
     return row, {found["name"]: found for found in row["contestants"]}
 
 
@@ -83,7 +81,7 @@ def test_flops_set_the_limit_where_they_take_longer():
     assert found["fastllm"]["gflop_per_s"] == pytest.approx(1e12 / found["fastllm"]["median_ms"] * 1e-6)
 
 
-@pytest.mark.skipif(measure.reset_peak() is None, reason="the system tells no peak memory")
+@pytest.mark.skipif(device.reset_peak() is None, reason="the system tells no peak memory")
 def test_peak_memory_counts_what_is_freed_again_and_the_result():
     def hungry(x):
         twice = torch.full((4 * ROWS,), 2.0)  # 32 MiB beside the result's 8

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import training
-from bench.measure import reset_peak
+from bench.device import reset_peak
 
 pytest.importorskip("transformers")
 SHAPE = {

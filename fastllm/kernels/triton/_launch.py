@@ -16,12 +16,26 @@ LOOP_BLOCK = 2048
 
 
 @dataclass(frozen=True)
+class Work:
+    """What one launch at a representative shape must at least do, from the definition of the op.
+
+    bytes: inputs read once and outputs written once; what is small beside them is left out. flops: those of the matrix
+    products.
+    """
+
+    shape: str
+    bytes: int
+    flops: int = 0
+
+
+@dataclass(frozen=True)
 class Configuration:
     """One shipped specialisation of a kernel: everything ``triton.compile`` needs to build it without a GPU.
 
     signature maps each run-time argument to a Triton type ("*bf16", "fp32", "i64"; "i32:16" for an integer that is a
     multiple of 16, which lets loads be vectorised as they are at run time), constants each constexpr to its value; the
-    launcher uses the same num_warps and num_stages for these constants.
+    launcher uses the same num_warps and num_stages for these constants. With a `work`, the time it takes at least on
+    each chip is estimated.
     """
 
     kernel: Any
@@ -31,6 +45,7 @@ class Configuration:
     num_stages: int = 2
     label: str = ""
     matrix: bool = field(default=False, kw_only=True)  # the inner loop must use the chip's matrix instructions
+    work: Work | None = field(default=None, kw_only=True)
 
 
 def block_for(channels: int) -> int:

@@ -25,36 +25,21 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# The most shared memory one block may have, in bytes.
-SHARED_LIMITS = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-_LOADS = re.compile(r"\bld\.global|\b(?:global|buffer)_load_")
-_WIDE_LOADS = re.compile(r"\bld\.global\S*\.(?:v4\.[a-z]32|v2\.[a-z]64|v8)|\b(?:global|buffer)_load_dwordx4")
-_MATRIX = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)|\bv_s?mfma_")
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """registers per thread, bytes spilled per thread, shared memory in bytes per block; code is PTX or AMD assembly."""
+    """What one block of a kernel takes: threads, registers and spilled bytes of each, bytes of shared memory, columns
+    of tensor memory. code is PTX or AMD assembly.
+    """
 
+    threads: int
     registers: int
     spilled_bytes: int
     shared_bytes: int
+    tensor_columns: int
     code: str = field(repr=False)
     cubin: bytes = field(repr=False, default=b"")
-
-    @property
-    def loads(self) -> int:
-        """Load instructions from global memory."""
-        return len(_LOADS.findall(self.code))
-
-    @property
-    def wide_loads(self) -> int:
-        """Those of `loads` that fetch 16 bytes or more a thread, the width at which memory runs at full speed."""
-        return len(_WIDE_LOADS.findall(self.code))
-
-    @property
-    def matrix_instructions(self) -> int:
-        return len(_MATRIX.findall(self.code))
 
     @cached_property
     def assembly(self) -> str:
@@ -64,7 +49,7 @@ class Compiled:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(self.cubin)
             file.flush()
-            return _tool("nvdisasm", "-c", file.name)
+            return tool("nvdisasm", "-c", "-ndf", file.name)  # without its analysis of the data flow: faster
 
 
 def shipped() -> Iterator[Configuration]:
@@ -97,29 +82,34 @@ def compile_for(configuration: Configuration, target: str) -> Compiled:
     if target.startswith("gfx"):
         text = built.asm["amdgcn"]
         return Compiled(
+            threads=_number(r"\.max_flat_workgroup_size:\s+(\d+)", text),
             registers=_number(r"\.vgpr_count:\s+(\d+)", text),
             spilled_bytes=4
             * (_number(r"\.vgpr_spill_count:\s+(\d+)", text) + _number(r"\.sgpr_spill_count:\s+(\d+)", text)),
             shared_bytes=built.metadata.shared,
+            tensor_columns=0,
             code=text,
         )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        usage = tool("cuobjdump", "--dump-resource-usage", file.name)
     # Local memory beyond the arrays that the kernel declares is spill. Sine and cosine of large angles declare one.
     arrays = sum(map(int, re.findall(r"\.local .*\[(\d+)\];", built.asm["ptx"])))
     local = _number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage)
     return Compiled(
+        threads=_number(r"\.reqntid (\d+)", built.asm["ptx"]),
         registers=_number(r"REG:(\d+)", usage),
         spilled_bytes=max(0, local - (arrays + 15) // 16 * 16),
         shared_bytes=built.metadata.shared,
+        tensor_columns=getattr(built.metadata, "tmem_size", None) or 0,
         code=built.asm["ptx"],
         cubin=built.asm["cubin"],
     )
 
 
-def _tool(name: str, *arguments: str) -> str:
+def tool(name: str, *arguments: str) -> str:
+    """What one of the CUDA programs that come with triton prints."""
     path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
     return subprocess.run([str(path), *arguments], check=True, capture_output=True, text=True).stdout
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllm.kernels.triton._launch import Configuration, triton_type
+from fastllm.kernels.triton._launch import Configuration, Work, triton_type
 from fastllm.kernels.triton._numeric import narrow
 
 BLOCK = 1024  # with four warps, eight elements a thread: one 16-byte load of bf16, two of fp32
@@ -148,6 +148,7 @@ def configurations() -> list[Configuration]:
                     constants,
                     num_warps=WARPS,
                     label=f"glu forward {name} {t[1:]}",
+                    work=Work("8192×11008", 3 * 8192 * 11008 * dtype.itemsize),
                 )
             )
             found.append(
@@ -157,6 +158,7 @@ def configurations() -> list[Configuration]:
                     constants,
                     num_warps=WARPS,
                     label=f"glu backward {name} {t[1:]}",
+                    work=Work("8192×11008", 5 * 8192 * 11008 * dtype.itemsize),
                 )
             )
     return found

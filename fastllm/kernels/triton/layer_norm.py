@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllm.kernels.triton._launch import Configuration, block_for, program_count, triton_type, warps_for
+from fastllm.kernels.triton._launch import Configuration, Work, block_for, program_count, triton_type, warps_for
 from fastllm.kernels.triton._numeric import narrow
 
 
@@ -141,15 +141,16 @@ def configurations() -> list[Configuration]:
                 "grad_y_ptr": t, "x_ptr": t, "weight_ptr": t, "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "grad_x_ptr": t,
                 "weight_partial_ptr": "*fp32", "bias_partial_ptr": "*fp32", "rows": "i32", "channels": "i32:16",
             }  # fmt: skip
+            size = 8192 * channels * dtype.itemsize
             found += [
                 Configuration(
                     _forward_kernel, forward_signature, {**weights, "BLOCK": block}, num_warps=warps_for(block),
-                    label=f"layer_norm forward {t[1:]} C={channels}",
+                    label=f"layer_norm forward {t[1:]} C={channels}", work=Work(f"8192×{channels}", 2 * size),
                 ),
                 Configuration(
                     _backward_kernel, backward_signature, {**weights, "BLOCK": backward_block},
                     num_warps=warps_for(backward_block, 8),
-                    label=f"layer_norm backward {t[1:]} C={channels}",
+                    label=f"layer_norm backward {t[1:]} C={channels}", work=Work(f"8192×{channels}", 3 * size),
                 ),
             ]  # fmt: skip
     return found

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllm.kernels.triton._launch import Configuration, block_for, program_count, triton_type, warps_for
+from fastllm.kernels.triton._launch import Configuration, Work, block_for, program_count, triton_type, warps_for
 from fastllm.kernels.triton._numeric import narrow
 
 
@@ -217,14 +217,17 @@ def configurations() -> list[Configuration]:
                 "grad_y_ptr": t, "grad_sum_ptr": t, "x_ptr": t, "weight_ptr": t, "rstd_ptr": "*fp32", "grad_x_ptr": t,
                 "partial_ptr": "*fp32", "rows": "i32", "channels": "i32:16", "weight_offset": "fp32",
             }  # fmt: skip
+            size = 8192 * channels * dtype.itemsize
             found += [
                 Configuration(
                     _forward_kernel, forward_signature, {**shape, "HAS_RESIDUAL": residual},
                     num_warps=warps_for(block), label=f"{name} forward {t[1:]} C={channels}",
+                    work=Work(f"8192×{channels}", (4 if residual else 2) * size),
                 ),
                 Configuration(
                     _backward_kernel, backward_signature, {**shape, "HAS_GRAD_SUM": residual},
                     num_warps=warps_for(block, 8), label=f"{name} backward {t[1:]} C={channels}",
+                    work=Work(f"8192×{channels}", (4 if residual else 3) * size),
                 ),
             ]  # fmt: skip
     return found

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllm.kernels.triton._launch import Configuration, triton_type
+from fastllm.kernels.triton._launch import Configuration, Work, triton_type
 from fastllm.kernels.triton._numeric import narrow
 
 
@@ -163,6 +163,7 @@ def configurations() -> list[Configuration]:
                     label=f"rope {t[1:]} D={dim} R={rotated}"
                     + " interleaved" * interleaved
                     + " from positions" * from_positions,
+                    work=Work(f"4×{heads}×2048×{dim}", 2 * 4 * heads * 2048 * dim * dtype.itemsize),
                 )
             )
     return found

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllm.kernels.triton._launch import Configuration, triton_type
+from fastllm.kernels.triton._launch import Configuration, Work, triton_type
 from fastllm.kernels.triton._numeric import narrow
 
 BLOCK = 4096  # logits a program has in flight
@@ -341,6 +341,7 @@ def configurations() -> list[Configuration]:
                     },
                     num_warps=WARPS,
                     label=f"softmax statistics {t[1:]}: {label}",
+                    work=Work("8192×32000", 8192 * 32000 * dtype.itemsize),
                 )
             )  # fmt: skip
             found.append(
@@ -353,6 +354,7 @@ def configurations() -> list[Configuration]:
                     {"HAS_BIAS": bias, "CAPPED": capped, "HAS_SCALE": not bias, "ENTROPY": entropy, "BLOCK": BLOCK},
                     num_warps=WARPS,
                     label=f"softmax gradient {t[1:]}: {label}",
+                    work=Work("8192×32000", 2 * 8192 * 32000 * dtype.itemsize),
                 )
             )  # fmt: skip
     small = {**common, "num_items_ptr": "*i64", "loss_ptr": "*fp32", "scale_ptr": "*fp32", "ignore_index": "i32"}

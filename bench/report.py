@@ -1,0 +1,242 @@
+"""``python -m bench report``: docs/benchmarks.md and its pictures, from the files in bench/results and nothing else.
+
+Each folder of bench/results is a device, each file in it what a suite wrote with --json (or the demo's demo.json).
+With --check nothing is written; exit code 1 when the page or a picture is not what the results say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import machine, plots
+from bench.__main__ import SUITES
+from bench.arguments import Parser
+from bench.results import Row, Unreadable, by_name, megabytes, milliseconds, ratio, rows_of, short
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, DOCS = ROOT / "bench" / "results", ROOT / "docs"
+IMAGES = Path("images") / "benchmarks"
+ENOUGH_RUNS = 10
+
+HEAD = """\
+# Benchmarks
+
+Written by `make docs` from [bench/results](../bench/results); no number here was typed. On your machine:
+`python -m bench kernels --json F --plot DIR`, and `make demo`; `python -m bench compare OLD.json NEW.json` tells whether
+something became slower.
+
+Every contestant of a case takes its turn in one process, on fresh random inputs that no cache holds; times are medians.
+Results are checked in the same run against fp64: a wrong one is marked WRONG and has no time. The limit is what the
+machine can do at best: the bytes that must move at the speed of a large copy, or the FLOPs at that of a large matrix
+product, both timed in turn with the contestants. "3.00×" under a peer means that it takes three times as long as fastllm;
+below 1× it is the faster one. Memory is what a call needs at its peak beyond its inputs, results included.
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = Parser(prog="python -m bench report", description=(__doc__ or "").split("\n\n")[0].split("``: ")[1])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when the page is old")
+    chosen = parser.parse_args(arguments)
+    try:
+        if not chosen.check:
+            write(RESULTS, DOCS)
+            return 0
+        wrong = check(RESULTS, DOCS)
+    except Unreadable as error:
+        parser.error(str(error))
+    if wrong:
+        print(f"{', '.join(wrong)}: not what bench/results says; run `make docs`", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def write(results: Path, docs: Path) -> None:
+    (docs / "benchmarks.md").write_text(page(results), encoding="utf-8")
+    wanted = {docs / path for path, _ in pictures(results)}
+    for path in set((docs / IMAGES).rglob("*.svg")) - wanted:
+        path.unlink()
+    for file in _files(results):
+        folder = docs / IMAGES / file.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
+        plots.draw(_load(file), folder, file.stem, ".svg", _digest(file))
+
+
+def check(results: Path, docs: Path) -> list[str]:
+    """What is missing, old or left over. A picture is old when it was drawn from another file: the file's digest
+    stands in its metadata (its bytes differ between versions of matplotlib)."""
+    there = docs / "benchmarks.md"
+    wrong = [] if there.exists() and there.read_text(encoding="utf-8") == page(results) else ["docs/benchmarks.md"]
+    wanted = {docs / path: digest for path, digest in pictures(results)}
+    for path, digest in wanted.items():
+        if not path.exists() or digest not in path.read_text(encoding="utf-8"):
+            wrong.append(f"docs/{path.relative_to(docs).as_posix()}")
+    left = set((docs / IMAGES).rglob("*.svg")) - wanted.keys()
+    return wrong + sorted(f"docs/{path.relative_to(docs).as_posix()} (left over)" for path in left)
+
+
+def page(results: Path) -> str:
+    parts = [HEAD]
+    for folder in sorted({file.parent for file in _files(results)}):
+        files = [file for file in _files(results) if file.parent == folder]
+        parts.append(f"## {_device(files)}")
+        for file in files:
+            record = _load(file)
+            parts += _demo(file, record) if "runs" in record else _suite(file, record)
+    return "\n".join(part.rstrip() + "\n" for part in parts if part)
+
+
+def pictures(results: Path) -> list[tuple[Path, str]]:
+    """(path below docs, digest of its data) of every picture that the page shows."""
+    found = []
+    for file in _files(results):
+        folder, digest = IMAGES / file.parent.name, _digest(file)
+        found += [(folder / f"{file.stem}-{name}.svg", digest) for name in plots.figures(_load(file))]
+    return found
+
+
+def _files(results: Path) -> list[Path]:
+    """By device; within one in the order of the suites, then by name."""
+    order = {name: place for place, name in enumerate(SUITES)}
+    return sorted(results.glob("*/*.json"), key=lambda f: (f.parent.name, order.get(f.stem, len(order)), f.stem))
+
+
+def _load(file: Path) -> plots.Record:
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if "runs" not in record:
+            rows_of(record)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise Unreadable(f"{file} holds no results of a suite ({type(error).__name__}: {error})") from None
+    return record
+
+
+def _digest(file: Path) -> str:
+    return f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
+
+
+def _device(files: Sequence[Path]) -> str:
+    record = _load(files[0])
+    where = record["machine"] if "runs" in record else record[0]["machine"]
+    return where.get("gpu") or f"{where['cpu']}, {where['cores']} cores"
+
+
+def _demo(file: Path, record: Row) -> list[str]:
+    where = record["machine"]
+    return [
+        "### demo",
+        f"{machine.sentence(where)}; `make demo`, {where['date'][:10]}: a small Llama trained twice on real text, in fp32.",
+        _markdown(["", "unpatched", "patched", "patched against unpatched"], record["rows"]),
+        record["sentence"],
+        _picture(file, "curves", "training loss by step and by time"),
+    ]
+
+
+def _suite(file: Path, record: list[Row]) -> list[str]:
+    rows = rows_of(record)
+    runs = sorted({row["runs"] for row in rows})
+    few = " **Too few runs to quote.**" if runs[0] < ENOUGH_RUNS else ""
+    where = list(dict.fromkeys((machine.sentence(r["machine"]), r["machine"]["command"]) for r in rows))
+    dates = sorted({row["machine"]["date"][:10] for row in rows})
+    parts = [f"### {file.stem}"]
+    parts += [f"{sentence}; `{command}`." for sentence, command in where]
+    parts.append(f"{' and '.join(map(str, runs))} runs of each contestant in turn, {' and '.join(dates)}.{few}")
+    parts.append(_training(record) if "contestant" in record[0] else _cases(rows))
+    missing = dict.fromkeys(
+        f"{f['name']}: {f['missing']}" for row in rows for f in row["contestants"] if "missing" in f
+    )
+    if missing:
+        parts.append(f"Missing: {'; '.join(missing)}.")
+    captions = {
+        "limit": "share of the machine's limit",
+        "length": "time by length",
+        "steps": "time and memory of a step",
+    }
+    parts += [
+        _picture(file, name, captions.get(name, "time of the peers over fastllm's")) for name in plots.figures(record)
+    ]
+    return parts
+
+
+def _cases(rows: Sequence[Row]) -> str:
+    made = []
+    for row in rows:
+        found = by_name(row)
+        ours = found.get("fastllm", {})
+        if "median_ms" not in ours:
+            made.append([short(row), "**WRONG**" if ours.get("wrong") else "**failed**", *[""] * 9])
+            continue
+        peers = {n: ratio(f["ratio"]) for n, f in found.items() if "ratio" in f and n != "fastllm"}
+        columns = [peers.pop(name, "–") for name in ("eager", "torch.compile")]
+        rate = ours["gflop_per_s"] / 1e3 if row["limited_by"] == "matmul" else ours["gb_per_s"]
+        made.append(
+            [
+                short(row),
+                milliseconds(ours["median_ms"]),
+                "–".join(map(milliseconds, ours["quartile_ms"])),
+                f"{milliseconds(rate)} {'TFLOP/s' if row['limited_by'] == 'matmul' else 'GB/s'}",
+                f"{ours['share_of_limit']:.0%}",
+                *columns,
+                ", ".join(f"{name} {value}" for name, value in peers.items()),
+                f"{megabytes(ours['extra_bytes'])} / {megabytes(found['eager'].get('extra_bytes'))}",
+                f"{ours['error']:.1e}",
+                milliseconds(ours["first_ms"]),
+            ]
+        )
+    headings = [
+        "",
+        "ms",
+        "quartiles",
+        "rate",
+        "of limit",
+        "eager",
+        "torch.compile",
+        "others",
+        "MB / eager's",
+        "max error",
+    ]
+    return _markdown([*headings, "first call ms"], made)
+
+
+def _training(rows: Sequence[Row]) -> str:
+    base, made = rows[0], []
+    for row in rows:
+        memory = [
+            f"{megabytes(row[key])} ({ratio(row[key] / base[key])})" if row.get(key) and base.get(key) else "–"
+            for key in ("peak_bytes", "peak_over_built_bytes")
+        ]
+        made.append(
+            [
+                row["contestant"],
+                f"{row['median_s']:.2f}",
+                "{:.2f}–{:.2f}".format(*row["quartile_s"]),
+                f"{row['tokens_per_s']:.0f}",
+                ratio(base["median_s"] / row["median_s"]),
+                *memory,
+                f"{row['largest_loss_difference']:.1e}",
+                f"{row['first_s']:.1f}",
+            ]
+        )
+    headings = [
+        "",
+        "step s",
+        "quartiles s",
+        "tokens/s",
+        "speed",
+        "step peak MB",
+        "run peak MB",
+        "loss differs by",
+        "first s",
+    ]
+    return f"{base['case']}\n\n{_markdown(headings, made)}"
+
+
+def _picture(file: Path, name: str, caption: str) -> str:
+    return f"![{file.stem}: {caption}]({(IMAGES / file.parent.name / f'{file.stem}-{name}.svg').as_posix()})"
+
+
+def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---", *["--:"] * (len(headings) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
