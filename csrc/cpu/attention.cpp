@@ -44,6 +44,7 @@ struct Attention {
 struct AttentionItem { int64_t sequence, kv_head, begin, end; };
 
 constexpr int64_t query_block = 48, key_block = 128;                      // forward
+constexpr int64_t few_queries = 16;                                       // of all heads that share a key head
 constexpr int64_t backward_key_block = 96, backward_query_block = 192;
 
 // The keys that query i sees: [0, sinks_end) and [lo, hi).
@@ -54,6 +55,9 @@ inline Visible visible(const Attention& p, const AttentionSequence& s, int64_t i
   const int64_t lo = p.window ? std::clamp<int64_t>(position - p.window + 1, 0, hi) : 0;
   return {std::min(p.sinks, lo), lo, hi};
 }
+
+// Floats that hold the sums of one query, its running maximum and its total.
+inline int64_t attention_row_size(int64_t value_channels) { return (value_channels + 15) / 16 * 16 + 16; }
 
 }  // namespace fastllm
 
@@ -117,6 +121,74 @@ static inline Vec ramp() {
   float lanes[Vec::W];
   for (int i = 0; i < Vec::W; ++i) lanes[i] = float(i);
   return Vec::load(lanes);
+}
+
+// Scores x of query i and keys [j, j_end) to weights; its running maximum and total, and the scale of what is summed already.
+template <class W>
+static void soften(const Attention& p, const AttentionSequence& s, int64_t head, int64_t i, int64_t j, int64_t j_end,
+                   int64_t lanes, bool started, float* x, W* weight, float* sum, int64_t width, float& top, float& total) {
+  const Visible seen = visible(p, s, i);
+  const float slope = p.slopes ? p.slopes[head] : 0.f;
+  float factor = p.scale * log2_e;
+  if (p.softcap != 0.f || slope != 0.f || !(p.scale > 0.f)) {
+    factor = 1.f;
+    const Vec lane = ramp();
+    for (int64_t c = 0; c < lanes; c += Vec::W) {
+      const Vec distance = lane + Vec(float(j + c - (i + s.keys - s.queries)));
+      bend(Vec::load(x + c), p, slope, distance).store(x + c);
+    }
+  }
+  const int64_t hidden_from = std::clamp(seen.sinks_end - j, int64_t(0), lanes);
+  const int64_t hidden_to = std::clamp(seen.lo - j, int64_t(0), lanes);
+  fill(x, hidden_from, hidden_to, -infinity);
+  fill(x, std::clamp(std::min(seen.hi, j_end) - j, int64_t(0), lanes), lanes, -infinity);
+  if (p.mask) {
+    const bool* row = p.mask + s.batch * p.mask_step[0] + head * p.mask_step[1] + i * p.mask_step[2];
+    for (int64_t c = j; c < j_end; ++c) {
+      if (!row[c * p.mask_step[3]]) x[c - j] = -infinity;
+    }
+  }
+  Vec most(-infinity);
+  for (int64_t c = 0; c < lanes; c += Vec::W) most = max(Vec::load(x + c), most);
+  const float before = top, now = std::max(before, most.largest() * factor);
+  const float shift = now == -infinity ? 0.f : now;
+  Vec added(0.f);
+  for (int64_t c = 0; c < lanes; c += Vec::W) {
+    const Vec e = exp2(fma(Vec::load(x + c), Vec(factor), Vec(-shift)));
+    added += e;
+    e.store(weight + c);
+  }
+  if (started && now != before) {
+    const float shrink = before == -infinity ? 0.f : std::exp2(before - now);
+    total *= shrink;
+    for (int64_t c = 0; c < width; c += Vec::W) (Vec::load(sum + c) * Vec(shrink)).store(sum + c);
+  }
+  total += added.sum();
+  top = now;
+}
+
+// One query's sums to its output and lse. started: whether it has sums.
+template <class T>
+static void finish(const Attention& p, const AttentionSequence& s, int64_t head, int64_t i, float most, float all,
+                   const float* sum, bool started) {
+  float share = 1.f;
+  if (p.sink_logits) {
+    const float sink = p.sink_logits[head] * log2_e, before = most;
+    most = std::max(most, sink);
+    if (most != -infinity) {
+      share = before == -infinity ? 0.f : std::exp2(before - most);
+      all = all * share + std::exp2(sink - most);
+    }
+  }
+  const bool blind = most == -infinity && all == 0.f;
+  if (blind || !started) share = 0.f;
+  else share /= all;
+  T* out = token_of<T>(p.out, p.out_step, s.batch, head, s.first_query + i);
+  for_each_vector(p.value_channels, [&](int64_t c, int lanes) {
+    store(out + c, share == 0.f ? Vec(0.f) : Vec::load(sum + c) * Vec(share), lanes);
+  });
+  float* lse = p.lse + s.batch * p.lse_batch + head * p.lse_head + s.first_query + i;
+  *lse = blind ? -infinity : most * ln_2 + std::log(all);
 }
 
 // ---- forward ---------------------------------------------------------------------------------------------------
@@ -186,82 +258,143 @@ struct Forward {
       pack(s, kv_head, j / key_block);
       const int64_t j_end = std::min(j + key_block, hi), lanes = round_up(j_end - j, Vec::W);
       product<per_unit>(count, lanes, units, q, query_step, 1, keys + j * units, panel * units, scores, key_block, false);
-      for (int64_t r = 0; r < count; ++r) soften(s, head, begin + r, r, j, j_end, lanes, started);
+      for (int64_t r = 0; r < count; ++r) {
+        soften(p, s, head, begin + r, j, j_end, lanes, started, scores + r * key_block,
+               (U*)(weights + r * (key_block / per_unit)), sum + r * width, width, top[r], total[r]);
+      }
       product<per_unit>(count, width, lanes / per_unit, weights, key_block / per_unit, 1, values + j / per_unit * panel,
                         values_panel, sum, width, started);
       started = true;
     };
     for (int64_t j = 0; j < std::min(std::min(p.sinks, hi), lo); j += key_block) block(j);
     for (int64_t j = lo; j < hi; j += key_block) block(j);
-    for (int64_t r = 0; r < count; ++r) finish(s, head, begin + r, r, started);
+    for (int64_t r = 0; r < count; ++r) finish<T>(p, s, head, begin + r, top[r], total[r], sum + r * width, started);
+  }
+};
+
+// ---- few queries -----------------------------------------------------------------------------------------------
+
+// A few queries (of all heads that share a key head) over some of the keys, read where they lie: bound by the bytes of keys
+// and values. Keys are split among items, whose sums are joined afterwards.
+template <class T>
+struct Few {
+  static constexpr int64_t block = 64, together = 4;  // keys at a time; queries whose sums share the registers
+  const Attention& p;
+  int64_t key_width, width, row_size;
+  float *queries, *scores;
+  int64_t size;
+
+  Few(const Attention& p, int64_t rows, float* memory) : p(p) {
+    key_width = round_up(p.channels, Vec::W);
+    width = round_up(p.value_channels, Vec::W);
+    row_size = attention_row_size(p.value_channels);
+    Pieces pieces{memory};
+    queries = pieces.floats(rows * key_width);
+    scores = pieces.floats(rows * block);
+    size = pieces.total;
   }
 
-  // Scores of one query in a block to weights, its running maximum and sum, and the scale of what is summed already.
-  void soften(const AttentionSequence& s, int64_t head, int64_t i, int64_t r, int64_t j, int64_t j_end, int64_t lanes,
-              bool started) {
-    float* x = scores + r * key_block;
-    const Visible seen = visible(p, s, i);
-    const float slope = p.slopes ? p.slopes[head] : 0.f;
-    float factor = p.scale * log2_e;
-    if (p.softcap != 0.f || slope != 0.f || !(p.scale > 0.f)) {
-      factor = 1.f;
-      const Vec lane = ramp();
-      for (int64_t c = 0; c < lanes; c += Vec::W) {
-        const Vec distance = lane + Vec(float(j + c - (i + s.keys - s.queries)));
-        bend(Vec::load(x + c), p, slope, distance).store(x + c);
-      }
+  // joined: rows of sums, each followed by its running maximum and total.
+  void run(const AttentionSequence& s, const AttentionItem& item, float* joined) {
+    const int64_t group = p.heads / p.kv_heads, rows = group * s.queries;
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* q = token_of<T>(p.q, p.q_step, s.batch, item.kv_head * group + r / s.queries, s.first_query + r % s.queries);
+      float* row = queries + r * key_width;
+      for_each_vector(p.channels, [&](int64_t c, int lanes) { load(q + c, lanes).store(row + c); });
+      fill(joined + r * row_size, 0, width, 0.f);
+      joined[r * row_size + width] = -infinity, joined[r * row_size + width + 1] = 0.f;
     }
-    const int64_t hidden_from = std::clamp(seen.sinks_end - j, int64_t(0), lanes);
-    const int64_t hidden_to = std::clamp(seen.lo - j, int64_t(0), lanes);
-    fill(x, hidden_from, hidden_to, -infinity);
-    fill(x, std::clamp(std::min(seen.hi, j_end) - j, int64_t(0), lanes), lanes, -infinity);
-    if (p.mask) {
-      const bool* row = p.mask + s.batch * p.mask_step[0] + head * p.mask_step[1] + i * p.mask_step[2];
-      for (int64_t c = j; c < j_end; ++c) {
-        if (!row[c * p.mask_step[3]]) x[c - j] = -infinity;
-      }
+    // begin and end count visible keys: first the sinks, then the window.
+    const Visible first = visible(p, s, 0), last = visible(p, s, s.queries - 1);
+    const int64_t gap = first.lo - first.sinks_end;
+    for (int64_t n = item.begin; n < item.end;) {
+      const bool sink = n < first.sinks_end;
+      const int64_t end = std::min({n + block, item.end, sink ? first.sinks_end : last.hi - gap});
+      keys(s, item.kv_head, rows, sink ? n : n + gap, sink ? end : end + gap, joined);
+      n = end;
     }
-    Vec most(-infinity);
-    for (int64_t c = 0; c < lanes; c += Vec::W) most = max(Vec::load(x + c), most);
-    const float before = top[r], now = std::max(before, most.largest() * factor);
-    const float shift = now == -infinity ? 0.f : now;
-    Vec added(0.f);
-    U* weight = (U*)(weights + r * (key_block / per_unit));
-    for (int64_t c = 0; c < lanes; c += Vec::W) {
-      const Vec e = exp2(fma(Vec::load(x + c), Vec(factor), Vec(-shift)));
-      added += e;
-      e.store(weight + c);
-    }
-    if (started && now != before) {
-      const float shrink = before == -infinity ? 0.f : std::exp2(before - now);
-      total[r] *= shrink;
-      float* row = sum + r * width;
-      for (int64_t c = 0; c < width; c += Vec::W) (Vec::load(row + c) * Vec(shrink)).store(row + c);
-    }
-    total[r] += added.sum();
-    top[r] = now;
   }
 
-  void finish(const AttentionSequence& s, int64_t head, int64_t i, int64_t r, bool started) {
-    float most = top[r], all = total[r], share = 1.f;
-    if (p.sink_logits) {
-      const float sink = p.sink_logits[head] * log2_e, before = most;
-      most = std::max(most, sink);
-      if (most != -infinity) {
-        share = before == -infinity ? 0.f : std::exp2(before - most);
-        all = all * share + std::exp2(sink - most);
-      }
+  void keys(const AttentionSequence& s, int64_t kv_head, int64_t rows, int64_t j, int64_t j_end, float* joined) {
+    const int64_t group = p.heads / p.kv_heads, count = j_end - j, lanes = round_up(count, Vec::W);
+    const T* k = token_of<T>(p.k, p.k_step, s.batch, kv_head, s.first_key + j);
+    const T* v = token_of<T>(p.v, p.v_step, s.batch, kv_head, s.first_key + j);
+    in_groups(rows, [&](int64_t r, auto many) { dots<many()>(k, count, queries + r * key_width, scores + r * block); });
+    for (int64_t r = 0; r < rows; ++r) {
+      float *x = scores + r * block, *row = joined + r * row_size;
+      soften(p, s, kv_head * group + r / s.queries, r % s.queries, j, j_end, lanes, true, x, x, row, width, row[width],
+             row[width + 1]);
     }
-    const bool blind = most == -infinity && all == 0.f;
-    if (blind || !started) share = 0.f;
-    else share /= all;
-    T* out = token_of<T>(p.out, p.out_step, s.batch, head, s.first_query + i);
-    const float* row = sum + r * width;
-    for_each_vector(p.value_channels, [&](int64_t c, int lanes) {
-      store(out + c, share == 0.f ? Vec(0.f) : Vec::load(row + c) * Vec(share), lanes);
+    in_groups(rows, [&](int64_t r, auto many) { add<many()>(v, count, scores + r * block, joined + r * row_size); });
+  }
+
+  template <class F>
+  static void in_groups(int64_t rows, const F& f) {
+    int64_t r = 0;
+    for (; r + together <= rows; r += together) f(r, std::integral_constant<int, together>());
+    for (; r < rows; ++r) f(r, std::integral_constant<int, 1>());
+  }
+
+  template <int Rows>
+  void dots(const T* k, int64_t count, const float* q, float* x) {
+    for (int64_t j = 0; j < count; ++j, k += p.k_step.token) {
+      Vec sum[Rows];
+      for (int r = 0; r < Rows; ++r) sum[r] = Vec(0.f);
+      for_each_vector(p.channels, [&](int64_t c, int lanes) {
+        const Vec key = load(k + c, lanes);
+        for (int r = 0; r < Rows; ++r) sum[r] = fma(key, Vec::load(q + r * key_width + c), sum[r]);
+      });
+      for (int r = 0; r < Rows; ++r) x[r * block + j] = sum[r].sum();
+    }
+  }
+
+  template <int Rows>
+  void add(const T* v, int64_t count, const float* weights, float* joined) {
+    constexpr int64_t at_once = tile_vectors * Vec::W;
+    int64_t c = 0;
+    for (; c + at_once <= p.value_channels; c += at_once) {
+      Vec sum[Rows][tile_vectors];
+      for (int r = 0; r < Rows; ++r)
+        for (int n = 0; n < tile_vectors; ++n) sum[r][n] = Vec::load(joined + r * row_size + c + n * Vec::W);
+      for (int64_t j = 0; j < count; ++j) {
+        const T* value = v + j * p.v_step.token + c;
+        for (int n = 0; n < tile_vectors; ++n) {
+          const Vec one = Vec::load(value + n * Vec::W);
+          for (int r = 0; r < Rows; ++r) sum[r][n] = fma(Vec(weights[r * block + j]), one, sum[r][n]);
+        }
+      }
+      for (int r = 0; r < Rows; ++r)
+        for (int n = 0; n < tile_vectors; ++n) sum[r][n].store(joined + r * row_size + c + n * Vec::W);
+    }
+    for_each_vector(p.value_channels - c, [&](int64_t rest, int lanes) {
+      for (int r = 0; r < Rows; ++r) {
+        float* to = joined + r * row_size + c + rest;
+        Vec sum = Vec::load(to);
+        for (int64_t j = 0; j < count; ++j) {
+          sum = fma(Vec(weights[r * block + j]), load(v + j * p.v_step.token + c + rest, lanes), sum);
+        }
+        sum.store(to);
+      }
     });
-    float* lse = p.lse + s.batch * p.lse_batch + head * p.lse_head + s.first_query + i;
-    *lse = blind ? -infinity : most * ln_2 + std::log(all);
+  }
+
+  // Joins the sums of a sequence's items, `apart` floats from each other, in order.
+  void join(const AttentionSequence& s, int64_t kv_head, float* joined, int64_t parts, int64_t apart) {
+    const int64_t group = p.heads / p.kv_heads;
+    for (int64_t r = 0; r < group * s.queries; ++r) {
+      float *row = joined + r * row_size, most = -infinity, total = 0.f;
+      for (int64_t n = 0; n < parts; ++n) most = std::max(row[n * apart + width], most);
+      for (int64_t n = 0; n < parts; ++n) {
+        float* part = row + n * apart;
+        const float share = part[width] == -infinity && part[width + 1] == 0.f ? 0.f : std::exp2(part[width] - most);
+        total += part[width + 1] * share;
+        for (int64_t c = 0; c < width; c += Vec::W) {
+          const Vec scaled = share == 0.f ? Vec(0.f) : Vec::load(part + c) * Vec(share);
+          (n ? Vec::load(row + c) + scaled : scaled).store(row + c);
+        }
+      }
+      finish<T>(p, s, kv_head * group + r / s.queries, r % s.queries, most, total, row, parts > 0);
+    }
   }
 };
 
@@ -486,6 +619,25 @@ void attention_forward(const Attention& p, const AttentionSequence* sequences, c
   });
 }
 
+int64_t attention_few_size(const Attention& p, int64_t rows) {
+  int64_t size = 0;
+  dispatch(p.dtype, [&](auto t) { size = Few<decltype(t)>(p, rows, nullptr).size; });
+  return size;
+}
+
+void attention_few(const Attention& p, const AttentionSequence* sequences, const AttentionItem* items, int64_t count,
+                   std::atomic<int64_t>& next, int64_t rows, float* memory, float* joined, int64_t apart) {
+  dispatch(p.dtype, [&](auto t) {
+    Few<decltype(t)> few(p, rows, memory);
+    for (int64_t n; (n = next.fetch_add(1)) < count;) few.run(sequences[items[n].sequence], items[n], joined + n * apart);
+  });
+}
+
+void attention_join(const Attention& p, const AttentionSequence& s, int64_t kv_head, float* joined, int64_t parts,
+                    int64_t apart) {
+  dispatch(p.dtype, [&](auto t) { Few<decltype(t)>(p, 0, nullptr).join(s, kv_head, joined, parts, apart); });
+}
+
 int64_t attention_backward_size(const Attention& p, int64_t longest_queries, int64_t keys_held) {
   int64_t size = 0;
   dispatch(p.dtype, [&](auto t) { size = Backward<decltype(t)>(p, longest_queries, keys_held, nullptr).size; });
@@ -533,6 +685,10 @@ namespace fastllm {
 FASTLLM_KERNEL(int64_t, attention_forward_size, (const Attention&, int64_t))
 FASTLLM_KERNEL(void, attention_forward, (const Attention&, const AttentionSequence*, const AttentionItem*, int64_t,
                                          std::atomic<int64_t>&, int64_t, float*))
+FASTLLM_KERNEL(int64_t, attention_few_size, (const Attention&, int64_t))
+FASTLLM_KERNEL(void, attention_few, (const Attention&, const AttentionSequence*, const AttentionItem*, int64_t,
+                                     std::atomic<int64_t>&, int64_t, float*, float*, int64_t))
+FASTLLM_KERNEL(void, attention_join, (const Attention&, const AttentionSequence&, int64_t, float*, int64_t, int64_t))
 FASTLLM_KERNEL(int64_t, attention_backward_size, (const Attention&, int64_t, int64_t))
 FASTLLM_KERNEL(void, attention_backward, (const Attention&, const AttentionSequence*, const AttentionItem*, int64_t,
                                           std::atomic<int64_t>&, int64_t, int64_t, float*, float* const*, int64_t, int64_t))
@@ -608,18 +764,9 @@ struct Scratch {
 
 static int64_t threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
 
-static std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, Maybe sink_logits, Maybe slopes, Maybe mask,
-                                            Maybe bounds_q, Maybe bounds_k, double scale, bool causal, int64_t window,
-                                            int64_t sinks, double softcap) {
-  AttentionOf of(q, k, v, sink_logits, slopes, mask, bounds_q, bounds_k, scale, causal, window, sinks, softcap);
-  Attention& p = of.p;
-  const bool packed = q.dim() == 3;
-  Tensor rows = packed ? fresh(q, {q.size(0), p.heads, p.value_channels})
-                       : fresh(q, {q.size(0), q.size(2), p.heads, p.value_channels});
-  Tensor out = packed ? rows : torch::stable::transpose(rows, 1, 2);
-  Tensor lse = packed ? fresh_float(q, {p.heads, q.size(0)}) : fresh_float(q, {q.size(0), p.heads, q.size(2)});
-  p.out = out.mutable_data_ptr(), p.out_step = strides_of(out), p.lse = (float*)lse.mutable_data_ptr();
-  if (out.numel() == 0 && lse.numel() == 0) return {out, lse};
+// Queries in blocks over all keys.
+static void attend_blocks(const AttentionOf& of) {
+  const Attention& p = of.p;
   // Few items of many queries pack keys seldom; enough of them keep all threads busy to the end.
   const int64_t whole = int64_t(of.sequences.size()) * p.kv_heads;
   const int64_t pieces = whole >= 8 * threads() ? 1 : (8 * threads() + whole - 1) / whole;
@@ -643,7 +790,83 @@ static std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, Maybe 
     Scratch scratch(size);
     kernel(p, of.sequences.data(), items.data(), int64_t(items.size()), next, of.longest_keys, scratch.memory);
   });
+}
+
+// Keys in shares, for a few queries.
+static void attend_few(const AttentionOf& of) {
+  const Attention& p = of.p;
+  const int64_t whole = int64_t(of.sequences.size()) * p.kv_heads, rows = p.heads / p.kv_heads * of.longest_queries;
+  const int64_t most = (4 * threads() + whole - 1) / whole;
+  const int64_t apart = rows * attention_row_size(p.value_channels);
+  std::vector<AttentionItem> items;
+  std::vector<int64_t> first_item;
+  for (int64_t n = 0; n < int64_t(of.sequences.size()); ++n) {
+    const AttentionSequence& s = of.sequences[n];
+    int64_t keys = 0;
+    if (s.queries) {
+      const Visible first = visible(p, s, 0), last = visible(p, s, s.queries - 1);
+      keys = first.sinks_end + std::max<int64_t>(0, last.hi - first.lo);
+    }
+    const int64_t shares = std::clamp<int64_t>(keys / 256, keys > 0, most);
+    for (int64_t head = 0; head < p.kv_heads; ++head) {
+      first_item.push_back(int64_t(items.size()));
+      for (int64_t share = 0; share < shares; ++share) items.push_back({n, head, keys * share / shares, keys * (share + 1) / shares});
+    }
+  }
+  first_item.push_back(int64_t(items.size()));
+  Scratch joined(int64_t(items.size()) * apart);
+  std::atomic<int64_t> next{0};
+  const int64_t size = FASTLLM_PICK(attention_few_size)(p, rows);
+  const auto kernel = FASTLLM_PICK(attention_few);
+  // A call of one small share is over before another thread has woken.
+  const int64_t parts = of.longest_keys * whole * (p.channels + p.value_channels) < 65536 ? 1 : std::min<int64_t>(threads(), std::max<int64_t>(1, items.size()));
+  parallel_parts(parts, parts, [&](int64_t, int64_t, int64_t) {
+    Scratch scratch(size);
+    kernel(p, of.sequences.data(), items.data(), int64_t(items.size()), next, rows, scratch.memory, joined.memory, apart);
+  });
+  const auto join = FASTLLM_PICK(attention_join);
+  parallel_parts(whole, parts_for(whole, most * apart), [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      join(p, of.sequences[n / p.kv_heads], n % p.kv_heads, joined.memory + first_item[n] * apart,
+           first_item[n + 1] - first_item[n], apart);
+    }
+  });
+}
+
+static std::tuple<Tensor, Tensor> attend(AttentionOf& of, const Tensor& q) {
+  Attention& p = of.p;
+  const bool packed = q.dim() == 3;
+  Tensor rows = packed ? fresh(q, {q.size(0), p.heads, p.value_channels})
+                       : fresh(q, {q.size(0), q.size(2), p.heads, p.value_channels});
+  Tensor out = packed ? rows : torch::stable::transpose(rows, 1, 2);
+  Tensor lse = packed ? fresh_float(q, {p.heads, q.size(0)}) : fresh_float(q, {q.size(0), p.heads, q.size(2)});
+  p.out = out.mutable_data_ptr(), p.out_step = strides_of(out), p.lse = (float*)lse.mutable_data_ptr();
+  if (out.numel() == 0 && lse.numel() == 0) return {out, lse};
+  if (p.heads / p.kv_heads * of.longest_queries <= few_queries) attend_few(of);
+  else attend_blocks(of);
   return {out, lse};
+}
+
+static std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, Maybe sink_logits, Maybe slopes, Maybe mask,
+                                            Maybe bounds_q, Maybe bounds_k, double scale, bool causal, int64_t window,
+                                            int64_t sinks, double softcap) {
+  AttentionOf of(q, k, v, sink_logits, slopes, mask, bounds_q, bounds_k, scale, causal, window, sinks, softcap);
+  return attend(of, q);
+}
+
+static std::tuple<Tensor, Tensor> decode_attention(Tensor q, Tensor k, Tensor v, Tensor lengths, Maybe sink_logits, Maybe slopes,
+                                                   double scale, int64_t window, int64_t sinks, double softcap) {
+  AttentionOf of(q, k, v, sink_logits, slopes, {}, {}, {}, scale, true, window, sinks, softcap);
+  const Tensor of_rows = torch::stable::contiguous(torch::stable::to(lengths, torch::headeronly::ScalarType::Long));
+  const int64_t* length = (const int64_t*)of_rows.const_data_ptr();
+  of.longest_keys = 0;
+  for (auto& s : of.sequences) {
+    STD_TORCH_CHECK(length[s.batch] >= 0 && length[s.batch] <= s.keys, "fastllm: cache_lengths must lie between 0 and the cache's ",
+                    s.keys, " tokens, got ", length[s.batch]);
+    s.keys = length[s.batch];
+    of.longest_keys = std::max(of.longest_keys, s.keys);
+  }
+  return attend(of, q);
 }
 
 static std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, Maybe grad_lse, Tensor q, Tensor k, Tensor v,
@@ -713,6 +936,7 @@ static std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, Ma
 
 STABLE_TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
   m.impl("attention", TORCH_BOX(&fastllm::attention));
+  m.impl("decode_attention", TORCH_BOX(&fastllm::decode_attention));
   m.impl("attention_backward", TORCH_BOX(&fastllm::attention_backward));
 }
 #endif  // FASTLLM_BINDING

@@ -4,10 +4,13 @@ from fastllm.ops.add_rms_norm import add_rms_norm
 from fastllm.ops.apply_rope import apply_rope
 from fastllm.ops.attention import attention
 from fastllm.ops.cross_entropy import cross_entropy
+from fastllm.ops.decode_attention import decode_attention
+from fastllm.ops.dilated_attention import dilated_attention
 from fastllm.ops.glu import geglu, swiglu
 from fastllm.ops.layer_norm import layer_norm
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
 from fastllm.ops.linear_token_logprobs import linear_token_logprobs
+from fastllm.ops.merge_attention import merge_attention
 from fastllm.ops.rms_norm import rms_norm
 from fastllm.ops.rope import rope
 from fastllm.ops.token_logprobs import token_logprobs
@@ -17,10 +20,13 @@ __all__ = [
     "apply_rope",
     "attention",
     "cross_entropy",
+    "decode_attention",
+    "dilated_attention",
     "geglu",
     "layer_norm",
     "linear_cross_entropy",
     "linear_token_logprobs",
+    "merge_attention",
     "rms_norm",
     "rope",
     "swiglu",

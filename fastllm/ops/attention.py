@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastllm.ops import _check
+from fastllm.ops._attention import attend, check_documents, check_mask, check_qkv, check_scores, lay_out, positions
 from fastllm.ops._op import Op, vjp
 
 
@@ -64,37 +64,24 @@ def attention(
         window < 1, sinks < 0, cu_seqlens that do not ascend from 0 to T (checked on the CPU).
     """
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    q, k, v = _check_qkv(q, k, v, 3 if packed else 4)
-    head_dim = q.shape[-1]
-    scale = head_dim**-0.5 if scale is None else scale
-    _check.in_range("scale", scale, float("-inf"))
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 (the query itself) or None, got {window}")
-    if sinks < 0:
-        raise ValueError(f"sinks must be at least 0, got {sinks}")
-    if softcap is not None:
-        _check.in_range("softcap", softcap, 0.0, open_low=True)
+    q, k, v = check_qkv(q, k, v, 3 if packed else 4)
+    scale = check_scores(q, scale, window, sinks, sink_logits, alibi_slopes, softcap)
     heads = q.shape[1]
-    for name, value in (("sink_logits", sink_logits), ("alibi_slopes", alibi_slopes)):
-        if value is not None:
-            _check.is_floating(name, value)
-            _check.has_shape(name, value, (heads,), "one per query head")
-            _check.same_device(name, value, "q", q)
     if packed:
         if mask is not None:
             raise ValueError("mask cannot be combined with cu_seqlens_q and cu_seqlens_k")
         cu_seqlens_q = cu_seqlens_k if cu_seqlens_q is None else cu_seqlens_q
         cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-        _check_documents("cu_seqlens_q", cu_seqlens_q, q.shape[0], q)
-        _check_documents("cu_seqlens_k", cu_seqlens_k, k.shape[0], k)
+        check_documents("cu_seqlens_q", cu_seqlens_q, q.shape[0], q)
+        check_documents("cu_seqlens_k", cu_seqlens_k, k.shape[0], k)
         if cu_seqlens_q.shape != cu_seqlens_k.shape:
             raise ValueError(
                 f"cu_seqlens_q and cu_seqlens_k must tell of as many documents, got {cu_seqlens_q.shape[0] - 1} and "
                 f"{cu_seqlens_k.shape[0] - 1}"
             )
     elif mask is not None:
-        mask = _check_mask(mask, (q.shape[0], heads, q.shape[2], k.shape[2]), q)
-    value_dim = v.shape[-1]
+        mask = check_mask(mask, (q.shape[0], heads, q.shape[2], k.shape[2]), q)
+    head_dim, value_dim = q.shape[-1], v.shape[-1]
     if head_dim % 8:
         q, k = (F.pad(t, (0, -head_dim % 8)) for t in (q, k))
     if value_dim % 8:
@@ -107,115 +94,18 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def _check_qkv(q: Tensor, k: Tensor, v: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    layout = "(B, heads, L, D)" if rank == 4 else "(T, heads, D), as packed inputs are"
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        _check.is_floating(name, t)
-        if t.dim() != rank:
-            raise ValueError(f"{name} must have shape {layout}, got {tuple(t.shape)}")
-        _check.same_device(name, t, "q", q)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    if k.shape[:-1] != v.shape[:-1]:
-        raise ValueError(f"k and v must agree in all but their last dimension, got {tuple(k.shape)} and {tuple(v.shape)}")
-    if q.shape[-1] != k.shape[-1] or q.shape[-1] == 0 or v.shape[-1] == 0:
-        raise ValueError(
-            f"q and k must have one head dimension and v one of its own, all above 0, got q {tuple(q.shape)}, "
-            f"k {tuple(k.shape)} and v {tuple(v.shape)}"
-        )
-    if rank == 4 and q.shape[0] != k.shape[0]:
-        raise ValueError(f"q and k must have one batch size, got {q.shape[0]} and {k.shape[0]}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"the heads of q must be a multiple of those of k and v, got {q.shape[1]} and {k.shape[1]}")
-    return q, k, v
-
-
-def _check_mask(mask: Tensor, shape: tuple[int, ...], q: Tensor) -> Tensor:
-    _check.is_tensor("mask", mask)
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be a bool tensor, True where a key is visible, got {mask.dtype}")
-    _check.same_device("mask", mask, "q", q)
-    try:
-        return mask.expand(shape)
-    except RuntimeError:
-        raise ValueError(
-            f"mask must be broadcastable to (B, H, Lq, Lk) = {tuple(shape)}, got {tuple(mask.shape)}"
-        ) from None
-
-
-def _check_documents(name: str, bounds: Tensor, tokens: int, like: Tensor) -> None:
-    _check.is_tensor(name, bounds)
-    if bounds.dtype != torch.int32:
-        raise TypeError(f"{name} must be an int32 tensor, got {bounds.dtype}")
-    if bounds.dim() != 1 or bounds.shape[0] < 1:
-        raise ValueError(f"{name} must have shape (documents + 1,), got {tuple(bounds.shape)}")
-    _check.same_device(name, bounds, "q", like)
-    if bounds.device.type == "cpu" and not torch.compiler.is_compiling() and type(bounds) is Tensor:
-        values = bounds.tolist()
-        if values[0] != 0 or values[-1] != tokens or any(b < a for a, b in zip(values, values[1:])):
-            raise ValueError(f"{name} must ascend from 0 to T = {tokens}, got {values}")
-
-
-def positions(
-    bounds_q: Tensor | None, bounds_k: Tensor | None, queries: int, keys: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Position of each query (Lq, 1) and key (1, Lk) in its document, and which pairs share one (None: all)."""
-    i = torch.arange(queries, device=device)
-    j = torch.arange(keys, device=device)
-    if bounds_q is None or bounds_k is None:
-        return (i + (keys - queries)).unsqueeze(1), j.unsqueeze(0), None
-    bounds_q, bounds_k = bounds_q.long(), bounds_k.long()
-    document_q = torch.searchsorted(bounds_q, i, right=True) - 1
-    document_k = torch.searchsorted(bounds_k, j, right=True) - 1
-    shift = (bounds_k[1:] - bounds_k[:-1]) - (bounds_q[1:] - bounds_q[:-1]) - bounds_q[:-1]
-    if bounds_q.shape[0] > 1:
-        i = i + shift[document_q]
-        j = j - bounds_k[document_k]
-    return i.unsqueeze(1), j.unsqueeze(0), document_q.unsqueeze(1) == document_k.unsqueeze(0)
-
-
 def _definition(
     q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None, alibi_slopes: Tensor | None, mask: Tensor | None,
     cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, scale: float, causal: bool, window: int, sinks: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     packed = cu_seqlens_q is not None
-    dtype = q.dtype
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    q, k, v = (t.to(wide).transpose(0, 1) if packed else t.to(wide) for t in (q, k, v))
-    group = q.shape[-3] // k.shape[-3]
-    k, v = (t.repeat_interleave(group, -3) if group > 1 else t for t in (k, v))
-    p, j, visible = positions(cu_seqlens_q, cu_seqlens_k, q.shape[-2], k.shape[-2], q.device)
-    scores = q @ k.transpose(-1, -2) * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    if alibi_slopes is not None:
-        scores = scores + alibi_slopes.to(wide).view(-1, 1, 1) * (j - p)
-    if visible is None:
-        visible = torch.ones((), dtype=torch.bool, device=q.device).expand(q.shape[-2], k.shape[-2])
-    if causal:
-        visible = visible & (j <= p)
-    if window:
-        visible = visible & ((p - j < window) | (j < sinks))
-    if mask is not None:
-        visible = visible & mask
-    scores = scores.masked_fill(~visible, float("-inf"))
-    extra = () if sink_logits is None else (sink_logits.to(wide).view(-1, 1, 1).expand(*scores.shape[:-1], 1),)
-    columns = torch.cat((scores, *extra), -1)
-    dead = (columns == float("-inf")).all(-1, keepdim=True)  # also where there are no keys
-    shift = columns.detach().amax(-1, keepdim=True) if columns.shape[-1] else columns.new_zeros(*columns.shape[:-1], 1)
-    shift = shift.masked_fill(dead, 0.0)
-    weights = torch.exp(columns - shift)
-    total = weights.sum(-1, keepdim=True).masked_fill(dead, 1.0)
-    out = (weights[..., : scores.shape[-1]] / total) @ v
-    lse = (total.log() + shift).masked_fill(dead, float("-inf")).squeeze(-1)
-    out = out.to(dtype)
     if packed:
-        return out.transpose(0, 1).contiguous(), lse
-    return out.transpose(1, 2).contiguous().transpose(1, 2), lse
+        q, k, v = (t.transpose(0, 1) for t in (q, k, v))
+    p, j, visible = positions(cu_seqlens_q, cu_seqlens_k, q.shape[-2], k.shape[-2], q.device)
+    visible = visible if mask is None else mask
+    out, lse = attend(q, k, v, sink_logits, alibi_slopes, p, j, visible, scale, causal, window, sinks, softcap)
+    return (out.transpose(0, 1).contiguous() if packed else lay_out(out)), lse
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
