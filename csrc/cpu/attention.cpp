@@ -44,7 +44,6 @@ struct Attention {
 struct AttentionItem { int64_t sequence, kv_head, begin, end; };
 
 constexpr int64_t query_block = 48, key_block = 128;                      // forward
-constexpr int64_t few_queries = 16;                                       // of all heads that share a key head
 constexpr int64_t backward_key_block = 96, backward_query_block = 192;
 
 // The keys that query i sees: [0, sinks_end) and [lo, hi).
@@ -55,6 +54,10 @@ inline Visible visible(const Attention& p, const AttentionSequence& s, int64_t i
   const int64_t lo = p.window ? std::clamp<int64_t>(position - p.window + 1, 0, hi) : 0;
   return {std::min(p.sinks, lo), lo, hi};
 }
+
+// Up to how many queries (of all heads that share a key head) it is faster to read keys where they lie than to pack them;
+// packed, pairs of bf16 are multiplied at once.
+inline int64_t few_queries(Dtype dtype) { return dtype == Dtype::bf16 ? 11 : 28; }
 
 // Floats that hold the sums of one query, its running maximum and its total.
 inline int64_t attention_row_size(int64_t value_channels) { return (value_channels + 15) / 16 * 16 + 16; }
@@ -109,6 +112,41 @@ static const void* operand(const T* rows, int64_t step, int64_t count, int64_t c
   return room;
 }
 
+static const bool* mask_row(const Attention& p, const AttentionSequence& s, int64_t head, int64_t i) {
+  return p.mask + s.batch * p.mask_step[0] + head * p.mask_step[1] + i * p.mask_step[2];
+}
+
+// True when the mask hides all of the keys [j, j_end) from all of the queries [i, i_end).
+static bool masked(const Attention& p, const AttentionSequence& s, int64_t head, int64_t i, int64_t i_end, int64_t j,
+                   int64_t j_end) {
+  if (!p.mask) return false;
+  if (p.mask_step[2] == 0) i_end = i + 1;
+  for (; i < i_end; ++i) {
+    const bool* row = mask_row(p, s, head, i);
+    if (p.mask_step[3] == 1) {
+      if (std::memchr(row + j, 1, size_t(j_end - j))) return false;
+    } else {
+      for (int64_t c = j; c < (p.mask_step[3] ? j_end : j + 1); ++c) {
+        if (row[c * p.mask_step[3]]) return false;
+      }
+    }
+  }
+  return true;
+}
+
+// x[c] = -inf where seen[c * step] is false.
+static void hide_by_mask(float* x, const bool* seen, int64_t step, int64_t count) {
+  if (step == 0) {
+    if (count > 0 && !seen[0]) fill(x, 0, count, -infinity);
+  } else if (step == 1) {
+    for (int64_t c = 0; c < count; ++c) x[c] = seen[c] ? x[c] : -infinity;
+  } else {
+    for (int64_t c = 0; c < count; ++c) {
+      if (!seen[c * step]) x[c] = -infinity;
+    }
+  }
+}
+
 // ---- scores to what the softmax sees ---------------------------------------------------------------------------
 
 // In units of log 2: score = softcap and slope applied, all times log2(e).
@@ -142,12 +180,7 @@ static void soften(const Attention& p, const AttentionSequence& s, int64_t head,
   const int64_t hidden_to = std::clamp(seen.lo - j, int64_t(0), lanes);
   fill(x, hidden_from, hidden_to, -infinity);
   fill(x, std::clamp(std::min(seen.hi, j_end) - j, int64_t(0), lanes), lanes, -infinity);
-  if (p.mask) {
-    const bool* row = p.mask + s.batch * p.mask_step[0] + head * p.mask_step[1] + i * p.mask_step[2];
-    for (int64_t c = j; c < j_end; ++c) {
-      if (!row[c * p.mask_step[3]]) x[c - j] = -infinity;
-    }
-  }
+  if (p.mask) hide_by_mask(x, mask_row(p, s, head, i) + j * p.mask_step[3], p.mask_step[3], j_end - j);
   Vec most(-infinity);
   for (int64_t c = 0; c < lanes; c += Vec::W) most = max(Vec::load(x + c), most);
   const float before = top, now = std::max(before, most.largest() * factor);
@@ -255,8 +288,9 @@ struct Forward {
     const int64_t lo = round_down(first.lo, key_block), hi = last.hi;
     bool started = false;
     const auto block = [&](int64_t j) {
-      pack(s, kv_head, j / key_block);
       const int64_t j_end = std::min(j + key_block, hi), lanes = round_up(j_end - j, Vec::W);
+      if (masked(p, s, head, begin, end, j, j_end)) return;
+      pack(s, kv_head, j / key_block);
       product<per_unit>(count, lanes, units, q, query_step, 1, keys + j * units, panel * units, scores, key_block, false);
       for (int64_t r = 0; r < count; ++r) {
         soften(p, s, head, begin + r, j, j_end, lanes, started, scores + r * key_block,
@@ -524,6 +558,7 @@ struct Backward {
     for (int64_t i = round_down(from, panel); i < to; i += Bq) {
       bent_from = float(i + s.keys - s.queries - j);
       const int64_t i_end = std::min(i + Bq, to), lanes = round_up(i_end - i, Vec::W);
+      if (masked(p, s, head, i, i_end, j, j_end)) continue;
       product<per_unit>(count, lanes, units, k, k_unit_step, 1, q_across + i * units, panel * units, scores, Bq, false);
       product<per_unit>(count, lanes, value_units, v, v_unit_step, 1, g_across + i * value_units, panel * value_units,
                         slopes_of, Bq, false);
@@ -560,12 +595,7 @@ struct Backward {
     const int64_t shift = s.keys - s.queries;
     if (p.causal) fill(x, 0, std::clamp(j - shift - i, int64_t(0), lanes), -infinity);
     if (p.window && j >= p.sinks) fill(x, std::clamp(j + p.window - shift - i, int64_t(0), lanes), lanes, -infinity);
-    if (p.mask) {
-      const bool* column = p.mask + s.batch * p.mask_step[0] + head * p.mask_step[1] + j * p.mask_step[3];
-      for (int64_t c = i; c < i_end; ++c) {
-        if (!column[c * p.mask_step[2]]) x[c - i] = -infinity;
-      }
-    }
+    if (p.mask) hide_by_mask(x, mask_row(p, s, head, i) + j * p.mask_step[3], p.mask_step[2], i_end - i);
   }
 
   // Weights and gradients of the scores of one unit of keys.
@@ -842,7 +872,7 @@ static std::tuple<Tensor, Tensor> attend(AttentionOf& of, const Tensor& q) {
   Tensor lse = packed ? fresh_float(q, {p.heads, q.size(0)}) : fresh_float(q, {q.size(0), p.heads, q.size(2)});
   p.out = out.mutable_data_ptr(), p.out_step = strides_of(out), p.lse = (float*)lse.mutable_data_ptr();
   if (out.numel() == 0 && lse.numel() == 0) return {out, lse};
-  if (p.heads / p.kv_heads * of.longest_queries <= few_queries) attend_few(of);
+  if (p.heads / p.kv_heads * of.longest_queries <= few_queries(p.dtype)) attend_few(of);
   else attend_blocks(of);
   return {out, lse};
 }
