@@ -3,7 +3,7 @@
 from fastllm import backends, ops
 from fastllm.backends import use_backend
 from fastllm.errors import BackendError, CheckpointError, ConfigError, DataError, FastLLMError, PatchError
-from fastllm.patching import PatchReport, patch, patched, unpatch
+from fastllm.patching import DilatedConfig, PatchReport, patch, patched, unpatch
 
 __version__ = "0.1.0"
 
@@ -12,6 +12,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DilatedConfig",
     "FastLLMError",
     "PatchError",
     "PatchReport",

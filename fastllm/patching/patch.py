@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import importlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,18 +15,19 @@ from torch import nn
 from fastllm import backends
 from fastllm.errors import PatchError
 from fastllm.ops import _op
+from fastllm.patching.attention import DilatedConfig
 from fastllm.patching.replacement import Replacement, install, remove, replaced_by
 from fastllm.patching.report import Patched, PatchReport, Skipped
 from fastllm.patching.rules import Found
 
 # op name -> its rule in fastllm.patching.rules, in the order they are applied
-RULES = {"rms_norm": "rms_norm", "layer_norm": "layer_norm", "rope": "rope", "glu": "glu", "loss": "loss"}
-OPS = (*RULES, "attention")  # the names a user may ask for
+RULES = {"rms_norm": "rms_norm", "layer_norm": "layer_norm", "rope": "rope", "glu": "glu", "attention": "attention", "loss": "loss"}
+OPS = tuple(RULES)  # the names a user may ask for
 
 
 def patch(
     model: nn.Module,
-    ops: str | Iterable[str] = "auto",
+    ops: str | Iterable[str] | Mapping[str, Any] = "auto",
     *,
     exclude: Iterable[str] = (),
     strict: bool = False,
@@ -41,7 +42,8 @@ def patch(
     Args:
         model: a Transformers model, or a wrapper around one (PEFT, DeepSpeed, DDP), or any module with such parts.
         ops: "auto" for every op there is a rule for, one name, or several, of "rms_norm", "layer_norm", "rope",
-            "glu", "loss", "attention".
+            "glu", "attention", "loss". A mapping holds options for an op, or None: {"attention": DilatedConfig(...)} makes
+            the model's attention LongNet's.
         exclude: op names to leave out, and globs of module paths to leave alone ("model.layers.0.*", "*.q_norm").
         strict: raise, and leave the model as it was, unless every requested op was applied somewhere.
         verify: run every replaced kind of module once against its original, forward and backward, in fp32 and in the
@@ -61,7 +63,7 @@ def patch(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    asked = _requested(ops)
+    asked, options = _requested(ops)
     excluded = [exclude] if isinstance(exclude, str) else list(exclude)
     for name in excluded:
         if not isinstance(name, str):
@@ -72,13 +74,10 @@ def patch(
     report = PatchReport(type(model).__name__)
     installed: list[Found] = []
     for op in wanted:
-        if op not in RULES:
-            report.skipped.append(Skipped("", op, "fastllm has no rule for it yet"))
-            continue
         rule = importlib.import_module(f"fastllm.patching.rules.{RULES[op]}")
         any_found = False
         verdicts: dict[Any, str] = {}
-        for found in rule.find(model):
+        for found in rule.find(model, options[op]) if op in options else rule.find(model):
             if any(fnmatch.fnmatchcase(found.path, glob) for glob in globs):
                 report.skipped.append(Skipped(found.path, op, "excluded"))
                 any_found = True
@@ -123,7 +122,7 @@ def unpatch(model: nn.Module) -> None:
 
 
 @contextmanager
-def patched(model: nn.Module, ops: str | Iterable[str] = "auto", **options: Any) -> Iterator[PatchReport]:
+def patched(model: nn.Module, ops: str | Iterable[str] | Mapping[str, Any] = "auto", **options: Any) -> Iterator[PatchReport]:
     """``with fastllm.patched(model) as report:`` patches for the block only; a part patched before stays patched."""
     before = {module: replaced_by(module) for module in model.modules()}
     report = patch(model, ops, **options)
@@ -135,14 +134,19 @@ def patched(model: nn.Module, ops: str | Iterable[str] = "auto", **options: Any)
                 remove(module, rule)
 
 
-def _requested(ops: str | Iterable[str]) -> list[str]:
+def _requested(ops: str | Iterable[str] | Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """The ops asked for, in order, and the options of those that have any."""
     if isinstance(ops, str):
         ops = list(RULES) if ops == "auto" else [ops]
+    options = {op: value for op, value in ops.items() if value is not None} if isinstance(ops, Mapping) else {}
     asked = list(dict.fromkeys(ops))
     for op in asked:
         if op not in OPS:
             raise ValueError(f"ops must be 'auto' or any of {', '.join(map(repr, OPS))}, got {op!r}")
-    return asked
+    for op, value in options.items():
+        if op != "attention" or not isinstance(value, DilatedConfig):
+            raise TypeError(f"ops[{op!r}] must be None or, of 'attention', a DilatedConfig, got {value!r}")
+    return asked, options
 
 
 def _verify(rule: Any, found: Found, model: nn.Module) -> str:

@@ -30,7 +30,7 @@ class Replacement:
         return self.function(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Replacement, (self.rule, self.module, self.slot, self.settings, self.previous)
+        return type(self), (self.rule, self.module, self.slot, self.settings, self.previous)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -55,7 +55,9 @@ def occupied(module: nn.Module, slot: str) -> bool:
 
 
 def install(rule: str, module: nn.Module, slot: str, settings: dict[str, Any]) -> None:
-    module.__dict__[slot] = Replacement(rule, module, slot, settings, module.__dict__.get(slot, _ABSENT))
+    """Puts a rule's Replacement, of its own kind if it has one, into the slot."""
+    kind = getattr(importlib.import_module(f"fastllm.patching.rules.{rule}"), "REPLACEMENT", Replacement)
+    module.__dict__[slot] = kind(rule, module, slot, settings, module.__dict__.get(slot, _ABSENT))
 
 
 def remove(module: nn.Module, rule: str | None = None) -> int:

@@ -4,6 +4,8 @@ A rule is a module with
   ``find(model)``                     yields Found (to be patched) and Skipped (looks like it, but is left, and why);
   ``bind(module, settings)``          the callable that stands in the module's slot;
   ``verify(found, dtype)``            runs one module against its original; returns what disagrees, or "".
+Where something else than a callable stands in the slot, ``REPLACEMENT`` is its class, and there is no ``bind``. A rule whose
+``find`` takes ``options`` is given what a user's mapping of ops holds for it.
 """
 
 from __future__ import annotations
