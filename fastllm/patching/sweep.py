@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
+import inspect
 import io
 import json
 import os
@@ -36,14 +37,14 @@ TINY: dict[str, Any] = {
     "moe_intermediate_size": 48, "shared_expert_intermediate_size": 48, "moe_shared_expert_intermediate_size": 48,
     "shared_intermediate_size": 48, "num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4, "moe_num_experts": 4,
     "num_experts_per_tok": 2, "num_experts_per_token": 2, "moe_topk": 2, "moe_k": 2, "n_group": 1, "topk_group": 1,
-    "n_shared_experts": 1, "first_k_dense_replace": 1, "max_position_embeddings": 128, "n_positions": 128, "sliding_window": 32,
+    "n_shared_experts": 1, "first_k_dense_replace": 1, "max_position_embeddings": 128, "n_positions": 128, "sliding_window": 8,
     "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "use_cache": False,
     "attention_dropout": 0.0, "hidden_dropout": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
     "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "dropout": 0.0, "activation_dropout": 0.0, "layerdrop": 0.0,
     "resid_dropout": 0.0, "embedding_dropout": 0.0, "router_jitter_noise": 0.0, "input_jitter_noise": 0.0,
 }  # fmt: skip
-SEQUENCE = 24
+SEQUENCE, PADDING = 24, 5
 
 
 @dataclass
@@ -128,6 +129,8 @@ def check(family: str) -> Result:
         vocabulary = min(99, model.get_input_embeddings().weight.shape[0])
         ids = torch.randint(3, vocabulary, (2, SEQUENCE), generator=torch.Generator().manual_seed(1))
         before = _run(model, ids)
+        padded = _takes_mask(model)
+        before_padded = _run(model, ids, padded=True) if padded else {}
     except Exception as error:
         return Result(family, "not built", _one_line(error))
     if not all(t.isfinite().all() for t in before.values()):
@@ -149,6 +152,10 @@ def check(family: str) -> Result:
             )
             return result
         result.error, where = _difference(before, _run(model, ids))
+        if padded:
+            error, which = _difference(before_padded, _run(model, ids, padded=True))
+            if not error <= result.error:
+                result.error, where = error, f"{which}, with a padded row,"
         if not result.error <= 1e-4:
             result.status, result.reason = "wrong", f"{where} differs by {result.error:.2g} of its scale"
             return result
@@ -161,13 +168,28 @@ def check(family: str) -> Result:
     return result
 
 
-def _run(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+def _takes_mask(model: nn.Module) -> bool:
+    return "attention_mask" in inspect.signature(type(model).forward).parameters
+
+
+def _run(model: nn.Module, ids: torch.Tensor, padded: bool = False) -> dict[str, torch.Tensor]:
+    """Loss, logits and gradients; padded: the second row begins with padding, of which nothing is compared."""
     model.zero_grad()
     torch.manual_seed(2)  # dropout, where a family has it under another name
-    output = model(input_ids=ids, labels=ids)
+    if padded:
+        real = torch.ones_like(ids)
+        real[1, :PADDING] = 0
+        labels = ids.clone()
+        labels[1, : PADDING + 1] = -100  # the first token is predicted from padding, which sees nothing
+        output = model(input_ids=ids, labels=labels, attention_mask=real)
+    else:
+        output = model(input_ids=ids, labels=ids)
     output.loss.backward()
     found = {f"gradient of {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return {"loss": output.loss.detach(), "logits": (output.logits * 1).detach(), **found}
+    logits = (output.logits * 1).detach()
+    if padded and logits.shape[:2] == ids.shape:
+        logits = logits[real.bool()]
+    return {"loss": output.loss.detach(), "logits": logits, **found}
 
 
 def _difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> tuple[float, str]:
@@ -214,17 +236,17 @@ def table(results: list[Result]) -> str:
         "",
         f"Made by `python -m fastllm.patching.sweep --markdown docs/families.md` with transformers {transformers.__version__}, "
         f"torch {torch.__version__}. Each family is built as a tiny random model from its own config, run with labels, patched, and "
-        "run again: logits, loss and every parameter's gradient agree to 1e-4 of their scale in fp32, and after `unpatch` to the last bit.",
+        "run again, also with a padded row: logits, loss and every parameter's gradient agree to 1e-4 of their scale in fp32, and after `unpatch` to the last bit.",
         "",
         f"**{len(by['matches'])} of {len(results)} families match**, {len(whole)} of them with something patched in every layer; "
         f"{len(by['wrong'])} are wrong, {len(by['nothing to patch'])} have nothing to patch, {len(by['not built'])} could not be "
         "built or run as a tiny random model, patched or not.",
         "",
-        "| family | status | layers patched | rms_norm | layer_norm | rope | glu | loss | worst difference |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| family | status | layers patched | rms_norm | layer_norm | rope | glu | attention | loss | worst difference |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in by["matches"] + by["wrong"]:
-        numbers = " | ".join(str(r.counts.get(op, "")) for op in ("rms_norm", "layer_norm", "rope", "glu", "loss"))
+        numbers = " | ".join(str(r.counts.get(op, "")) for op in ("rms_norm", "layer_norm", "rope", "glu", "attention", "loss"))
         lines.append(
             f"| {r.family} | {r.status} {r.reason} | {r.layers_patched}/{r.layers} | {numbers} | {r.error:.1e} |"
         )

@@ -31,11 +31,16 @@ _TAKEN = frozenset(
     "position_ids cache_position output_attentions use_cache cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k".split()
 )
 
+_SUPPORT = ("_supports_sdpa", "_supports_flash_attn")  # what a model says of itself: its masks are not eager's alone
+
 
 def find(model: nn.Module, options: DilatedConfig | None = None) -> Iterator[Found | Skipped]:
     settings = {"dilated": (options.segment_lengths, options.dilation_rates)} if options else {}
     attentions: list[tuple[nn.Module, bool]] = []
+    supported = True
     for path, module in model.named_modules():
+        if any(hasattr(module, flag) for flag in _SUPPORT):  # a Transformers model; what follows is inside it, or another one
+            supported = any(getattr(module, flag, False) for flag in _SUPPORT)
         if not _asks_for_attention(type(module)):
             continue
         passes = _passes(type(module))
@@ -47,6 +52,10 @@ def find(model: nn.Module, options: DilatedConfig | None = None) -> Iterator[Fou
             yield Skipped(path, OP, f"its attention implementation is {implementation!r}, not sdpa or eager")
         elif eager is None:
             yield Skipped(path, OP, "it names no eager attention to check against")
+        elif not supported:
+            yield Skipped(path, OP, "its model supports no attention implementation but eager")
+        elif _changes_mask(type(module)):
+            yield Skipped(path, OP, "its forward changes the mask before its attention sees it")
         elif not passes <= _TAKEN:
             yield Skipped(path, OP, f"it gives its attention {', '.join(sorted(passes - _TAKEN))}, which ours does not take")
         else:
@@ -80,7 +89,7 @@ def verify(found: Found, dtype: torch.dtype) -> str:
         options["softcap"] = getattr(module, "attn_logit_softcapping", None) or getattr(config, "attn_logit_softcapping", None)
     if "s_aux" in passes:
         options["s_aux"] = None if sinks is None else sinks.detach().to(dtype)
-    q = probing.random((2, heads, length, head_dim), dtype, device, seed=3)
+    q = probing.random((2, heads, length, head_dim), dtype, device, seed=3, scale=1 / (options["scaling"] * head_dim**0.5))
     k, v = (probing.random((2, heads // group, length, head_dim), dtype, device, seed=s) for s in (4, 5))
     i = torch.arange(length, device=device)
     near = (i <= i.unsqueeze(1)) & (i.unsqueeze(1) - i < window)
@@ -120,15 +129,33 @@ def _makes_masks(cls: type) -> bool:
 
 
 @functools.cache
+def _source(cls: type) -> ast.AST | None:
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward))))  # type: ignore[attr-defined]
+    except (OSError, TypeError, SyntaxError):
+        return None
+
+
+@functools.cache
 def _passes(cls: type) -> frozenset[str]:
     """The keywords that a forward gives to its attention function."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward))))  # type: ignore[attr-defined]
-    except (OSError, TypeError, SyntaxError):
+    tree = _source(cls)
+    if tree is None:
         return frozenset({"what its source, which is not there, would tell"})
-    calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call))
-    names = [{k.arg for k in c.keywords if k.arg} for c in calls]
+    names = [{k.arg for k in n.keywords if k.arg} for n in ast.walk(tree) if isinstance(n, ast.Call)]
     return frozenset().union(*(n for n in names if n & {"scaling", "dropout"}))
+
+
+@functools.cache
+def _changes_mask(cls: type) -> bool:
+    """True where a forward assigns to its mask or takes a part of it."""
+    tree = _source(cls)
+    nodes = [] if tree is None else list(ast.walk(tree))
+    assigned = any(isinstance(n, ast.Name) and n.id == "attention_mask" and isinstance(n.ctx, ast.Store) for n in nodes)
+    return assigned or any(
+        isinstance(n, (ast.Subscript, ast.Attribute)) and isinstance(n.value, ast.Name) and n.value.id == "attention_mask"
+        for n in nodes
+    )
 
 
 def _only_ours_take_masks(module: nn.Module) -> bool:
