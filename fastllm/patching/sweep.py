@@ -156,10 +156,10 @@ def check(family: str) -> Result:
             error, which = _difference(before_padded, _run(model, ids, padded=True))
             if not error <= result.error:
                 result.error, where = error, f"{which}, with a padded row,"
-        if not result.error <= 1e-4:
+        fastllm.unpatch(model)
+        if not result.error <= 1e-4 and not result.error <= 2 * _sensitivity(model, ids, padded):
             result.status, result.reason = "wrong", f"{where} differs by {result.error:.2g} of its scale"
             return result
-        fastllm.unpatch(model)
         left, where = _difference(before, _run(model, ids))
         if left != 0:
             result.status, result.reason = "wrong", f"after unpatch {where} differs by {left:.2g}"
@@ -190,6 +190,20 @@ def _run(model: nn.Module, ids: torch.Tensor, padded: bool = False) -> dict[str,
     if padded and logits.shape[:2] == ids.shape:
         logits = logits[real.bool()]
     return {"loss": output.loss.detach(), "logits": logits, **found}
+
+
+def _sensitivity(model: nn.Module, ids: torch.Tensor, padded: bool) -> float:
+    """How much the last bit of every parameter changes what the unpatched model gives: what rounding alone may do."""
+    before = [_run(model, ids, padded=with_padding) for with_padding in {False, padded}]
+    kept = [p.detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1 + 1.2e-7 * torch.randn_like(p).sign())
+    after = [_run(model, ids, padded=with_padding) for with_padding in {False, padded}]
+    with torch.no_grad():
+        for p, value in zip(model.parameters(), kept):
+            p.copy_(value)
+    return max(_difference(a, b)[0] for a, b in zip(before, after))
 
 
 def _difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> tuple[float, str]:
@@ -236,7 +250,7 @@ def table(results: list[Result]) -> str:
         "",
         f"Made by `python -m fastllm.patching.sweep --markdown docs/families.md` with transformers {transformers.__version__}, "
         f"torch {torch.__version__}. Each family is built as a tiny random model from its own config, run with labels, patched, and "
-        "run again, also with a padded row: logits, loss and every parameter's gradient agree to 1e-4 of their scale in fp32, and after `unpatch` to the last bit.",
+        "run again, also with a padded row: logits, loss and every parameter's gradient agree to 1e-4 of their scale in fp32 (or to twice what the last bit of the parameters changes in them), and after `unpatch` to the last bit.",
         "",
         f"**{len(by['matches'])} of {len(results)} families match**, {len(whole)} of them with something patched in every layer; "
         f"{len(by['wrong'])} are wrong, {len(by['nothing to patch'])} have nothing to patch, {len(by['not built'])} could not be "
