@@ -1,6 +1,6 @@
 """Patching: kernels put into one model instance, proven on it, reported, and undone to the last bit."""
 
-from fastllm.patching.attention import DilatedConfig
+from fastllm.patching.dilated import DilatedConfig
 from fastllm.patching.patch import patch, patched, unpatch
 from fastllm.patching.report import PatchReport
 

@@ -15,7 +15,7 @@ from torch import nn
 from fastllm import backends
 from fastllm.errors import PatchError
 from fastllm.ops import _op
-from fastllm.patching.attention import DilatedConfig
+from fastllm.patching.dilated import DilatedConfig
 from fastllm.patching.replacement import Replacement, install, remove, replaced_by
 from fastllm.patching.report import Patched, PatchReport, Skipped
 from fastllm.patching.rules import Found

@@ -39,19 +39,19 @@ SIZES = {
 MOE = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 NEOX = {k: v for k, v in SIZES.items() if k not in ("num_key_value_heads", "head_dim")}
 FAMILIES = {
-    "mistral": (MistralConfig(**SIZES), {"rms_norm": 5, "rope": 2, "glu": 2, "loss": 1}),
-    "qwen3: norms of queries and keys": (Qwen3Config(**SIZES), {"rms_norm": 9, "rope": 2, "glu": 2, "loss": 1}),
-    "gemma2: 1 + weight, soft-capped logits, tied head": (Gemma2Config(**SIZES), {"rms_norm": 9, "rope": 2, "glu": 2, "loss": 1}),
-    "gemma3": (Gemma3TextConfig(**SIZES), {"rms_norm": 13, "rope": 2, "glu": 2, "loss": 1}),
+    "mistral": (MistralConfig(**SIZES), {"rms_norm": 5, "rope": 2, "glu": 2, "loss": 1, "attention": 2}),
+    "qwen3: norms of queries and keys": (Qwen3Config(**SIZES), {"rms_norm": 9, "rope": 2, "glu": 2, "loss": 1, "attention": 2}),
+    "gemma2: 1 + weight, soft-capped logits, tied head": (Gemma2Config(**SIZES), {"rms_norm": 9, "rope": 2, "glu": 2, "loss": 1, "attention": 2}),
+    "gemma3": (Gemma3TextConfig(**SIZES), {"rms_norm": 13, "rope": 2, "glu": 2, "loss": 1, "attention": 2}),
     "phi3: one gate_up projection, partial rotation": (
-        Phi3Config(**SIZES, partial_rotary_factor=0.5), {"rms_norm": 5, "rope": 2, "glu": 2, "loss": 1},
+        Phi3Config(**SIZES, partial_rotary_factor=0.5), {"rms_norm": 5, "rope": 2, "glu": 2, "loss": 1, "attention": 2},
     ),
-    "glm: interleaved partial rotation": (GlmConfig(**SIZES), {"rms_norm": 5, "rope": 2, "glu": 2, "loss": 1}),
-    "cohere: layer norms, scaled logits": (CohereConfig(**SIZES), {"rope": 2, "glu": 2, "loss": 1}),
-    "granite: divided logits": (GraniteConfig(**SIZES, logits_scaling=3.0), {"rms_norm": 5, "rope": 2, "glu": 2, "loss": 1}),
-    "mixtral: experts": (MixtralConfig(**{**SIZES, **MOE}), {"rms_norm": 5, "rope": 2, "glu": 2, "loss": 1}),
-    "qwen3_moe": (Qwen3MoeConfig(**{**SIZES, **MOE}), {"rms_norm": 9, "rope": 2, "glu": 2, "loss": 1}),
-    "gpt_neox: partial rotation, no gate": (GPTNeoXConfig(**NEOX), {"rope": 2, "loss": 1}),
+    "glm: interleaved partial rotation": (GlmConfig(**SIZES), {"rms_norm": 5, "rope": 2, "glu": 2, "loss": 1, "attention": 2}),
+    "cohere: layer norms, scaled logits": (CohereConfig(**SIZES), {"rope": 2, "glu": 2, "loss": 1, "attention": 2}),
+    "granite: divided logits": (GraniteConfig(**SIZES, logits_scaling=3.0), {"rms_norm": 5, "rope": 2, "glu": 2, "loss": 1, "attention": 2}),
+    "mixtral: experts": (MixtralConfig(**{**SIZES, **MOE}), {"rms_norm": 5, "rope": 2, "glu": 2, "loss": 1, "attention": 2}),
+    "qwen3_moe": (Qwen3MoeConfig(**{**SIZES, **MOE}), {"rms_norm": 9, "rope": 2, "glu": 2, "loss": 1, "attention": 2}),
+    "gpt_neox: partial rotation, no gate": (GPTNeoXConfig(**NEOX), {"rope": 2, "loss": 1, "attention": 2}),
 }  # fmt: skip
 
 
@@ -116,10 +116,11 @@ def test_patched_undoes_only_what_it_did():
     model = llama()
     fastllm.patch(model, "rms_norm")
     with fastllm.patched(model) as report:
-        assert report.counts == {"rms_norm": 5, "rope": 2, "glu": 2, "loss": 1}
+        assert report.counts == {"rms_norm": 5, "rope": 2, "glu": 2, "loss": 1, "attention": 2}
     assert "forward" in vars(model.model.norm)
     assert "forward" not in vars(model.model.layers[0].self_attn)
     assert "forward" not in vars(model)
+    assert vars(model.model.layers[0].self_attn)["config"] is model.config
     with pytest.raises(RuntimeError, match="inside"), fastllm.patched(model):
         raise RuntimeError("inside")
     assert "forward" not in vars(model)
@@ -144,7 +145,7 @@ def test_a_copy_is_patched_and_independent(make):
             p.zero_()
     assert_same_step(step(other), expected, rtol=0, atol=0)
     replacements = [r for m in other.modules() for r in vars(m).values() if isinstance(r, Replacement)]
-    assert len(replacements) == 5 + 2 + 2 + 3
+    assert len(replacements) == 5 + 2 + 2 + 3 + 3
     assert all(any(r.module is m for m in other.modules()) for r in replacements)
 
 
@@ -167,7 +168,7 @@ def test_lora_before_and_after(patch_first, targets):
         model = get_peft_model(model, LoraConfig(target_modules=targets, r=4, init_lora_weights=False))
         if patched and not patch_first:
             report = fastllm.patch(model)
-            assert report.counts == {"rms_norm": 5, "rope": 2, "glu": 2, "loss": 1}
+            assert report.counts == {"rms_norm": 5, "rope": 2, "glu": 2, "loss": 1, "attention": 2}
             assert any("plain nn.Linear" in s.reason for s in report.skipped) == ("lm_head" in targets)
         return model.train()
 
@@ -301,7 +302,7 @@ def test_a_gated_norm_is_left_and_reported():
 
 def test_exclude_names_and_globs():
     report = fastllm.patch(llama(), exclude=["rope", "model.layers.0.*"])
-    assert report.counts == {"rms_norm": 3, "glu": 1, "loss": 1}
+    assert report.counts == {"rms_norm": 3, "glu": 1, "loss": 1, "attention": 1}
     assert {s.reason for s in report.skipped if s.path} == {"excluded"}
     assert "left: excluded" in str(report)
 
@@ -312,8 +313,6 @@ def test_strict_names_each_op_that_could_not_be_applied_and_changes_nothing():
     with pytest.raises(fastllm.PatchError, match=r"rope \(.*\); glu \(.*\)"):
         fastllm.patch(model, ["rope", "glu", "loss"], strict=True)
     assert attributes(model) == before
-    with pytest.raises(fastllm.PatchError, match="attention"):
-        fastllm.patch(model, "attention", strict=True)
 
 
 def test_a_model_with_nothing_to_patch_warns():
@@ -339,7 +338,7 @@ def test_bad_arguments_are_named(arguments, error, message):
 def test_the_report_is_a_table_with_repeated_layers_folded():
     text = str(fastllm.patch(llama()))
     assert "model.layers.{0-1}.input_layernorm" in text
-    assert "glu 2, loss 1, rms_norm 5, rope 2" in text
+    assert "attention 2, glu 2, loss 1, rms_norm 5, rope 2" in text
 
 
 def test_a_sharded_head_is_called_as_ever():
@@ -355,7 +354,7 @@ def test_meta_device_models_can_be_patched_before_they_have_weights():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(MistralConfig(**SIZES))
     report = fastllm.patch(model)
-    assert report.counts == {"rms_norm": 5, "rope": 2, "glu": 2, "loss": 1}
+    assert report.counts == {"rms_norm": 5, "rope": 2, "glu": 2, "loss": 1, "attention": 2}
 
 
 def test_forced_definition_serves_a_patched_model():

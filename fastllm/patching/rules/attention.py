@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from fastllm.patching import probing
-from fastllm.patching.attention import DilatedConfig, View, attention_forward, eager_of
+from fastllm.patching.attention import View, attention_forward, eager_of
+from fastllm.patching.dilated import DilatedConfig
 from fastllm.patching.report import Skipped
 from fastllm.patching.rules import Found
 
