@@ -263,3 +263,16 @@ def test_explain_knows_both_names():
 def test_bad_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_third_derivative_where_one_half_is_frozen():
+    gate, up = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5)
+    found = {}
+    for backend in ("cpp", "torch"):
+        with fastllm.use_backend(backend):
+            value = swiglu(gate, up).pow(3).sum()
+            for _ in range(3):
+                (grad,) = torch.autograd.grad(value, gate, create_graph=True)
+                value = grad.square().sum()
+        found[backend] = grad
+    torch.testing.assert_close(found["cpp"], found["torch"], rtol=1e-4, atol=1e-4)

@@ -35,6 +35,13 @@ def test_rows_longer_than_a_block_and_bias_alone(backend, device):
 
 
 @each_backend
+def test_weights_need_not_be_dense(backend, device):
+    for channels in (40, 9001):
+        inputs = [torch.randn(3, channels), torch.randn(channels, 2)]
+        check_op(lambda x, w: layer_norm(x, w[:, 0], w[:, 1]), inputs, torch.float32, backend, device)
+
+
+@each_backend
 def test_a_large_mean_does_not_cancel(backend, device):
     check_op(layer_norm, [torch.randn(4, 300) + 1000.0], torch.float32, backend, device)
 

@@ -86,7 +86,7 @@ def _backward_kernel(
 
 
 def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    x = x.contiguous()
+    x, weight, bias = x.contiguous(), *(None if t is None else t.contiguous() for t in (weight, bias))
     channels = x.shape[-1]
     y, mean = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
     rstd = torch.empty_like(mean)
@@ -102,7 +102,7 @@ def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -
 def backward(
     grad_y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_y, x = grad_y.contiguous(), x.contiguous()
+    grad_y, x, weight = grad_y.contiguous(), x.contiguous(), None if weight is None else weight.contiguous()
     rows, channels = mean.numel(), x.shape[-1]
     programs = program_count(x.device, rows)
     grad_x = torch.empty_like(x)
