@@ -276,3 +276,18 @@ def test_third_derivative_where_one_half_is_frozen():
                 value = grad.square().sum()
         found[backend] = grad
     torch.testing.assert_close(found["cpp"], found["torch"], rtol=1e-4, atol=1e-4)
+
+
+@each_backend
+def test_the_slope_where_the_gate_saturates(backend, device):
+    gate = torch.linspace(2.5, 20.0, 2000)
+    for op, formula in FORMULAS.items():
+        check_op(op, [gate, torch.ones(2000)], torch.float32, backend, device, reference=formula)
+    bound = 8e-7  # of a slope of 1
+    wide = gate.double().requires_grad_()
+    (exact,) = torch.autograd.grad(F.gelu(wide, approximate="tanh").sum(), wide)
+    ours = gate.to(device).requires_grad_()
+    with fastllm.use_backend(backend):
+        (found,) = torch.autograd.grad(geglu(ours, torch.ones(2000, device=device)).sum(), ours)
+    if backend != "torch":
+        assert (found.double().cpu() - exact).abs().max() < bound
