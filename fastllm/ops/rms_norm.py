@@ -42,6 +42,11 @@ def rms_norm(
             f"out must be a contiguous {x.dtype} tensor of shape {tuple(x.shape)} on {x.device}, got {out.dtype} "
             f"{tuple(out.shape)} with strides {out.stride()} on {out.device}"
         )
+    if not torch.compiler.is_compiling():
+        if out.data_ptr() != x.data_ptr() or not x.is_contiguous():  # over x itself it may write: row by row
+            _check.apart("out", out, "x", x)
+        if weight is not None:
+            _check.apart("out", out, "weight", weight)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, out)):
         raise ValueError("out does not support gradients: detach the tensors or call under torch.no_grad()")
     _rms_norm_out(x, weight, eps, weight_offset, out)

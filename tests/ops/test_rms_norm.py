@@ -148,6 +148,17 @@ def test_third_derivative_where_an_operand_is_frozen(frozen):
     torch.testing.assert_close(found["cpp"], found["torch"], rtol=1e-4, atol=1e-4)
 
 
+def test_out_may_be_x_but_not_a_part_of_it():
+    x, weight = torch.randn(6, 8), torch.randn(8)
+    expected = rms_norm(x, weight)
+    torch.testing.assert_close(rms_norm(x, weight, out=x), expected, rtol=0, atol=0)
+    rms_norm(x[:3], out=x[3:])
+    with pytest.raises(ValueError, match="out must not overlap x"):
+        rms_norm(x[:5], out=x[1:])
+    with pytest.raises(ValueError, match="out must not overlap weight"):
+        rms_norm(torch.randn(8), weight, out=weight)
+
+
 def test_out_counts_as_a_change_for_autograd():
     x, factor, out = torch.randn(5, 8), torch.randn(5, 8, requires_grad=True), torch.randn(5, 8)
     loss = (factor * out).sum()
