@@ -9,6 +9,7 @@ has no kernel (another device, float64) to ``torch``.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,10 @@ def _valid(name: str) -> str:
     return name
 
 
+# The use_backend blocks under way, oldest first: those of several threads need not end in the order they began.
+_blocks: dict[object, str] = {}
+_outside: str | None = None  # what holds when all have ended
+_lock = threading.Lock()
 forced: str | None = _valid(os.environ["FASTLLM_BACKEND"]) if os.environ.get("FASTLLM_BACKEND") else None
 
 
@@ -44,13 +49,26 @@ def use_backend(name: str) -> Iterator[None]:
 
     The choice is the process's, not the thread's. The environment variable FASTLLM_BACKEND sets the initial one.
     """
-    global forced
+    global forced, _outside
     _valid(name)
-    before, forced = forced, name
+    if torch.compiler.is_compiling():  # one thread traces, and a lock cannot be traced
+        before, forced = forced, name
+        try:
+            yield
+        finally:
+            forced = before
+        return
+    block = object()
+    with _lock:
+        if not _blocks:
+            _outside = forced
+        _blocks[block] = forced = name
     try:
         yield
     finally:
-        forced = before
+        with _lock:
+            del _blocks[block]
+            forced = next(reversed(_blocks.values()), _outside)
 
 
 def unavailable(name: str) -> str:

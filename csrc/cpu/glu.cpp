@@ -58,6 +58,16 @@ static inline Vec activate(Vec x) {
 
 struct ValueAndSlope { Vec value, slope; };
 
+// s = 1 / (1 + e^-z) and 1 - s as s e^-z, which does not cancel; the bound keeps 0 times inf from a hugely negative z.
+struct Sigmoid {
+  Vec value, rest;
+  explicit Sigmoid(Vec z) {
+    const Vec e = exp(Vec(0.f) - z);
+    value = Vec(1.f) / (Vec(1.f) + e);
+    rest = value * min(Vec(3e38f), e);
+  }
+};
+
 template <Activation A>
 static inline ValueAndSlope activate_with_slope(Vec x) {
   if constexpr (A == Activation::gelu_erf) {  // value x P(x), slope P(x) + x p(x), P and p of the normal distribution
@@ -65,13 +75,15 @@ static inline ValueAndSlope activate_with_slope(Vec x) {
     const Vec density = Vec(0.3989422804014327f) * exp(Vec(-0.5f) * x * x);
     return {x * below, fma(x, density, below)};
   } else if constexpr (A == Activation::silu) {  // slope s + x s (1 - s)
-    const Vec s = sigmoid(x), value = x * s;
-    return {value, fma(value, Vec(1.f) - s, s)};
+    const Sigmoid s(x);
+    const Vec value = x * s.value;
+    return {value, fma(value, s.rest, s.value)};
   } else {  // slope s + x s (1 - s) (2 u)'; the bound keeps a huge finite x from 0 times inf
     const Vec squared = min(Vec(1e30f), x * x);
-    const Vec s = sigmoid(tanh_gelu_angle(x, squared)), value = x * s;
+    const Sigmoid s(tanh_gelu_angle(x, squared));
+    const Vec value = x * s.value;
     const Vec angle_slope = fma(squared, Vec(0.2140644488178027f), Vec(1.5957691216057308f));
-    return {value, fma(value * (Vec(1.f) - s), angle_slope, s)};
+    return {value, fma(value * s.rest, angle_slope, s.value)};
   }
 }
 

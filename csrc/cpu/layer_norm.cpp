@@ -40,18 +40,22 @@ static void forward_rows(const LayerNormForward& p, int64_t begin, int64_t end) 
     Vec sum = 0.f;
     for_each_vector(C, [&](int64_t j, int lanes) { sum += load(x + j, lanes); });
     const float mean = sum.sum() / float(C);
-    Vec squares = 0.f;  // a second pass over the cached row: the difference of two large sums would cancel
+    // A second pass over the cached row: the difference of two large sums would cancel. What the mean lost to rounding
+    // comes to light as the mean of the differences.
+    Vec squares = 0.f, rest = 0.f;
     for_each_vector(C, [&](int64_t j, int lanes) {
       Vec d = load(x + j, lanes) - Vec(mean);
       if (lanes != Vec::W) d = keep_first(d, lanes, 0.f);
       squares = fma(d, d, squares);
+      rest += d;
     });
-    const float rstd = 1.f / std::sqrt(squares.sum() / float(C) + p.eps);
-    p.mean[row] = mean;
+    const float lost = rest.sum() / float(C), variance = squares.sum() / float(C) - lost * lost;
+    const float rstd = 1.f / std::sqrt((variance < 0.f ? 0.f : variance) + p.eps);
+    p.mean[row] = mean + lost;
     p.rstd[row] = rstd;
     const bool stream_row = p.stream && uintptr_t(y) % (Vec::W * sizeof(T)) == 0;
     for_each_vector(C, [&](int64_t j, int lanes) {
-      Vec v = (load(x + j, lanes) - Vec(mean)) * Vec(rstd);
+      Vec v = (load(x + j, lanes) - Vec(mean) - Vec(lost)) * Vec(rstd);
       if (p.weight) v *= load(p.weight + j, lanes);
       if (p.bias) v += load(p.bias + j, lanes);
       stream_row ? stream(y + j, v, lanes) : store(y + j, v, lanes);

@@ -24,7 +24,7 @@ struct Rope {
   int64_t cos_batch, cos_token, sin_batch, sin_token;
   const int64_t* positions;           // (batch or 1, length)
   int64_t position_batch, position_token;
-  const float* inv_freq;              // (rotated / 2,)
+  const double* inv_freq;             // (rotated / 2,); double, for a caller's double would not survive fp32 at far positions
   float attention_factor;
   bool interleaved, transposed;
   bool stream;                        // the outputs are larger than the cache
@@ -38,10 +38,10 @@ namespace FASTLLM_ISA {
 
 // sin and cos of position * inv_freq. The product and its reduction to [-pi/4, pi/4] are in double, so the phase is right to
 // the last bit of fp32 at any position; what is left is two short polynomials (Cephes sinf, cosf) and a choice by quadrant.
-static void angles(int64_t position, const float* inv_freq, int64_t n, float factor, float* cos, float* sin) {
+static void angles(int64_t position, const double* inv_freq, int64_t n, float factor, float* cos, float* sin) {
   constexpr double two_over_pi = 0.63661977236758134308, half_pi = 1.57079632679489661923;
   for (int64_t i = 0; i < n; ++i) {
-    const double angle = double(position) * double(inv_freq[i]);
+    const double angle = double(position) * inv_freq[i];
     const double turns = std::rint(angle * two_over_pi);
     const float r = float(angle - turns * half_pi), z = r * r;
     const int quadrant = int(turns - 4.0 * std::floor(turns * 0.25));
@@ -210,14 +210,14 @@ std::tuple<Tensor, Tensor> apply_rope(Tensor q, Tensor k, Tensor cos, Tensor sin
 
 std::tuple<Tensor, Tensor> rope_from_positions(Tensor q, Tensor k, Tensor positions, Tensor inv_freq, double attention_factor,
                                                bool interleaved, bool transposed) {
-  inv_freq = to_float(inv_freq);
+  inv_freq = torch::stable::contiguous(torch::stable::to(inv_freq, torch::headeronly::ScalarType::Double));
   Rope p{};
   p.table_dtype = Dtype::f32;
   p.rotated = 2 * inv_freq.size(0);
   p.positions = (const int64_t*)positions.const_data_ptr();
   p.position_batch = positions.size(0) == 1 ? 0 : positions.stride(0);
   p.position_token = positions.stride(1);
-  p.inv_freq = (const float*)inv_freq.const_data_ptr();
+  p.inv_freq = (const double*)inv_freq.const_data_ptr();
   p.attention_factor = float(attention_factor);
   p.interleaved = interleaved;
   p.transposed = transposed;

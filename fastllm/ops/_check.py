@@ -36,6 +36,18 @@ def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Te
         raise ValueError(f"{name} and {other_name} must be on one device, got {value.device} and {other.device}")
 
 
+def apart(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """The two share no memory; elements between those of a strided view count as its own."""
+    if value.untyped_storage().data_ptr() != other.untyped_storage().data_ptr() or not value.numel() * other.numel():
+        return
+    first, last = (
+        (t.data_ptr(), t.data_ptr() + (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))) * t.element_size())
+        for t in sorted((value, other), key=torch.Tensor.data_ptr)
+    )
+    if last[0] < first[1]:
+        raise ValueError(f"{name} must not overlap {other_name} in memory, got two views of one storage")
+
+
 def in_range(name: str, value: float, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
     """low <= value <= high, or low < value where `open_low`; an infinite bound must not be reached."""
     above = value > low if open_low else value >= low

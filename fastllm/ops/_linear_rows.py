@@ -195,6 +195,9 @@ def _add(total: Tensor, a: Tensor, b: Tensor, scratch: Tensor, fresh: bool) -> N
             torch.mm(a, b, out_dtype=total.dtype, out=total)
         else:
             torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    elif a.dtype == torch.float16:  # unscaled rows may add up past 65504; a CPU is faster in fp32 too
+        product = torch.mm(a.float(), b.float())
+        total.copy_(product) if fresh else total.add_(product)
     else:
         product = torch.mm(a, b, out=scratch[: total.numel()].view(total.shape))
         total.copy_(product) if fresh else total.add_(product)
@@ -222,7 +225,11 @@ def _of_kept(
 
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """gradient * factor, a 0-d tensor; in place where the graph that holds the gradient is about to be freed."""
-    if type(gradient) is not Tensor or torch.compiler.is_compiling():  # being traced: no memory to speak of
+    if (
+        type(gradient) is not Tensor  # being traced: no memory to speak of
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.is_legacy_batchedtensor(factor)  # of is_grads_batched
+    ):
         return gradient * factor
     if not torch._C._autograd._get_current_graph_task_keep_graph():
         return gradient.mul_(factor)
@@ -248,8 +255,9 @@ def check_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple
         _check.is_floating("bias", bias)
         _check.has_shape("bias", bias, weight.shape[:1], "the first dimension of weight")
         _check.same_device("bias", bias, "hidden", hidden)
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(hidden.device.type)
+    device = hidden.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     if hidden.dtype != weight.dtype:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from fastllm import backends
 from fastllm.errors import BackendError
@@ -98,10 +99,11 @@ class Op:
     def __call__(self, x: torch.Tensor, *args: Any) -> Any:
         if torch.compiler.is_compiling():
             return self._dispatch(x, *args)
-        if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func transforms see through the definition
+        # torch.func transforms and forward-mode differentiation see through the definition.
+        if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
             if backends.forced not in (None, "torch"):
                 raise BackendError(
-                    f"{self.name}: backend {backends.forced!r} cannot serve a call under torch.func transforms"
+                    f"{self.name}: backend {backends.forced!r} cannot serve torch.func transforms or forward-mode differentiation"
                 )
             return self.definition(x, *args)
         # Eager calls skip the two crossings between Python and C++ that a gradient registered from Python costs.
@@ -174,7 +176,7 @@ def vjp(definition: Callable[..., Any], inputs: Sequence[Any], grads: Sequence[A
             inputs = [i.detach().requires_grad_() if w else i for i, w in zip(inputs, wanted)]
         outputs = definition(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        pairs = [(o, g) for o, g in zip(outputs, grads) if g is not None and o.requires_grad]
+        pairs = [(o, g) for o, g in zip(outputs, grads) if o is not None and g is not None and o.requires_grad]
         found: tuple[Any, ...] = ()
         if pairs and any(wanted):
             found = torch.autograd.grad(

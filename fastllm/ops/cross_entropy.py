@@ -69,7 +69,7 @@ def cross_entropy(
             raise ValueError(f"num_items replaces the divisor of reduction='mean', got reduction={reduction!r}")
         num_items, items = items_argument(num_items, logits.device)
     if len(shape) != 1:
-        logits, target = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
+        logits, target = logits.reshape(target.numel(), logits.shape[-1]), target.reshape(-1)
     loss = _softmax_rows.call_checked(
         _cross_entropy, target, logits.shape[1], ignore_index, logits, target, num_items, items, ignore_index,
         label_smoothing, z_loss, softcap or 0.0, REDUCTIONS.index(reduction),

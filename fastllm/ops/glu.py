@@ -84,8 +84,8 @@ def _fake(gate: Tensor, up: Tensor, activation: int) -> Tensor:
 
 
 def _backward_definition(grad: Tensor, gate: Tensor, up: Tensor, activation: int) -> tuple[Tensor, Tensor]:
-    grad_gate, grad_up, _ = vjp(_definition, (gate, up, activation), (grad,))
-    return grad_gate.contiguous(), grad_up.contiguous()
+    grads = vjp(_definition, (gate, up, activation), (grad,))[:2]  # None: frozen, where a further derivative is taken
+    return tuple(None if g is None else g.contiguous() for g in grads)  # type: ignore[return-value]
 
 
 def _backward_fake(grad: Tensor, gate: Tensor, up: Tensor, activation: int) -> tuple[Tensor, Tensor]:

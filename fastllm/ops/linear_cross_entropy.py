@@ -66,7 +66,7 @@ def linear_cross_entropy(
     learns = torch.is_grad_enabled()
     loss = _softmax_rows.call_checked(
         _linear_cross_entropy, target, weight.shape[0], ignore_index,
-        hidden.reshape(-1, hidden.shape[-1]), weight, target.reshape(-1), bias, num_items, items, ignore_index,
+        hidden.reshape(target.numel(), hidden.shape[-1]), weight, target.reshape(-1), bias, num_items, items, ignore_index,
         label_smoothing, z_loss, softcap or 0.0, logit_scale, REDUCTIONS.index(reduction),
         learns and hidden.requires_grad, learns and weight.requires_grad,
         learns and bias is not None and bias.requires_grad,

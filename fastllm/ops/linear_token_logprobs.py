@@ -64,7 +64,7 @@ def linear_token_logprobs(
     _check.in_range("logit_scale", logit_scale, float("-inf"))
     logprobs, entropy, _ = _softmax_rows.call_checked(
         _linear_token_logprobs, target, weight.shape[0], _softmax_rows.NO_IGNORE,
-        hidden.reshape(-1, hidden.shape[-1]), weight, target.reshape(-1), bias, softcap or 0.0, logit_scale,
+        hidden.reshape(target.numel(), hidden.shape[-1]), weight, target.reshape(-1), bias, softcap or 0.0, logit_scale,
         temperature, with_entropy,
     )  # fmt: skip
     return (logprobs.view(shape), entropy.view(shape)) if with_entropy else logprobs.view(shape)

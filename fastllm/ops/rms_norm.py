@@ -42,9 +42,16 @@ def rms_norm(
             f"out must be a contiguous {x.dtype} tensor of shape {tuple(x.shape)} on {x.device}, got {out.dtype} "
             f"{tuple(out.shape)} with strides {out.stride()} on {out.device}"
         )
-    if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
-        raise ValueError("out does not support gradients: detach the inputs or call under torch.no_grad()")
+    if not torch.compiler.is_compiling():
+        if out.data_ptr() != x.data_ptr() or not x.is_contiguous():  # over x itself it may write: row by row
+            _check.apart("out", out, "x", x)
+        if weight is not None:
+            _check.apart("out", out, "weight", weight)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, out)):
+        raise ValueError("out does not support gradients: detach the tensors or call under torch.no_grad()")
     _rms_norm_out(x, weight, eps, weight_offset, out)
+    if not torch.compiler.is_compiling() and not out.is_inference():  # so that autograd knows what it saved has changed
+        torch.autograd.graph.increment_version(out)
     return out
 
 

@@ -59,7 +59,7 @@ def token_logprobs(
     if softcap is not None:
         _check.in_range("softcap", softcap, 0.0, open_low=True)
     if len(shape) != 1:
-        logits, target = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
+        logits, target = logits.reshape(target.numel(), logits.shape[-1]), target.reshape(-1)
     logprobs, entropy, _ = _softmax_rows.call_checked(
         _token_logprobs, target, logits.shape[1], _softmax_rows.NO_IGNORE, logits, target, temperature, softcap or 0.0,
         with_entropy,

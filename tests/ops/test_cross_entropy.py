@@ -72,6 +72,12 @@ def test_a_maximum_that_rises_from_block_to_block_and_large_logits(backend, devi
 
 
 @each_backend
+def test_a_soft_cap_far_above_the_logits(backend, device):
+    for softcap in (50.0, 1e3, 1e6):
+        check(*some(7, 513), torch.float32, backend, device, softcap=softcap, reduction="none")
+
+
+@each_backend
 @pytest.mark.parametrize("tokens", [0, 1, 6])
 def test_num_items_as_a_tensor_is_the_number(backend, device, tokens):
     logits, target = some(6, 11, ignored=range(tokens, 6))

@@ -263,3 +263,31 @@ def test_explain_knows_both_names():
 def test_bad_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_third_derivative_where_one_half_is_frozen():
+    gate, up = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5)
+    found = {}
+    for backend in ("cpp", "torch"):
+        with fastllm.use_backend(backend):
+            value = swiglu(gate, up).pow(3).sum()
+            for _ in range(3):
+                (grad,) = torch.autograd.grad(value, gate, create_graph=True)
+                value = grad.square().sum()
+        found[backend] = grad
+    torch.testing.assert_close(found["cpp"], found["torch"], rtol=1e-4, atol=1e-4)
+
+
+@each_backend
+def test_the_slope_where_the_gate_saturates(backend, device):
+    gate = torch.linspace(2.5, 20.0, 2000)
+    for op, formula in FORMULAS.items():
+        check_op(op, [gate, torch.ones(2000)], torch.float32, backend, device, reference=formula)
+    bound = 8e-7  # of a slope of 1
+    wide = gate.double().requires_grad_()
+    (exact,) = torch.autograd.grad(F.gelu(wide, approximate="tanh").sum(), wide)
+    ours = gate.to(device).requires_grad_()
+    with fastllm.use_backend(backend):
+        (found,) = torch.autograd.grad(geglu(ours, torch.ones(2000, device=device)).sum(), ours)
+    if backend != "torch":
+        assert (found.double().cpu() - exact).abs().max() < bound

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 import fastllm
 from fastllm.ops import layer_norm
-from tests.ops.harness import check_op, each_backend, each_dtype
+from tests.ops.harness import assert_close_as_eager, check_op, each_backend, each_dtype
 
 
 @each_backend
@@ -35,8 +35,21 @@ def test_rows_longer_than_a_block_and_bias_alone(backend, device):
 
 
 @each_backend
+def test_weights_need_not_be_dense(backend, device):
+    for channels in (40, 9001):
+        inputs = [torch.randn(3, channels), torch.randn(channels, 2)]
+        check_op(lambda x, w: layer_norm(x, w[:, 0], w[:, 1]), inputs, torch.float32, backend, device)
+
+
+@each_backend
 def test_a_large_mean_does_not_cancel(backend, device):
     check_op(layer_norm, [torch.randn(4, 300) + 1000.0], torch.float32, backend, device)
+    x = torch.randn(4, 4096) + 1000.0
+    with fastllm.use_backend(backend):
+        found = layer_norm(x.to(device)).cpu()
+    exact, eager = F.layer_norm(x.double(), (4096,)), F.layer_norm(x, (4096,))
+    if backend != "torch":
+        assert_close_as_eager(found, eager, exact, torch.float32)
 
 
 @settings(max_examples=30, deadline=None)

@@ -99,7 +99,7 @@ def test_no_target_left_gives_zero_loss_and_zero_gradients(backend, device):
     assert not bias.grad.any()
 
 
-@pytest.mark.parametrize("shape", [(0, 8, 5), (3, 8, 1), (1, 1, 1)])
+@pytest.mark.parametrize("shape", [(0, 8, 5), (3, 8, 1), (1, 1, 1), (3, 0, 1)])
 def test_degenerate_sizes(shape):
     tokens, channels, classes = shape
     hidden, weight = (
@@ -236,6 +236,28 @@ def test_fp16_gradients_survive_a_loss_scale():
     want = torch.autograd.grad(plain(h, w, target) * scale, (h, w))
     for a, b in zip(got, want):
         assert (a.double() - b).norm() / b.norm() < 2e-3
+
+
+def test_fp16_weight_gradients_add_up_past_the_range_of_fp16():
+    hidden = torch.randn(8192, 8)
+    hidden[:, 0] = 20.0
+    weight = torch.randn(64, 8) * 0.02
+    target = torch.zeros(8192, dtype=torch.long)
+    h16, w16 = hidden.half(), weight.half().requires_grad_()
+    (got,) = torch.autograd.grad(linear_cross_entropy(h16, w16, target), w16)
+    w = w16.detach().double().requires_grad_()
+    (want,) = torch.autograd.grad(plain(h16.double(), w, target), w)
+    torch.testing.assert_close(got.double(), want, rtol=2e-3, atol=1e-3)
+
+
+def test_batched_gradients():
+    hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    grads = torch.tensor([1.0, -2.0, 0.5])
+    loss = linear_cross_entropy(hidden, weight, torch.arange(6))
+    (expected,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    for retain in (True, False):
+        (found,) = torch.autograd.grad(loss, weight, grads, is_grads_batched=True, retain_graph=retain)
+        torch.testing.assert_close(found, grads[:, None, None] * expected)
 
 
 def test_derivatives_of_any_order():

@@ -3,14 +3,16 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import fastllm
-from fastllm import backends
+from fastllm import backends, ops
 from fastllm.ops import rms_norm
 
 
@@ -88,6 +90,48 @@ def test_functorch_grad():
     found = torch.func.grad(lambda x: rms_norm(x).square().sum())(x)
     x.requires_grad_()
     torch.testing.assert_close(found, torch.autograd.grad(rms_norm(x).square().sum(), x)[0])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: ops.rms_norm(x),
+        lambda x: ops.add_rms_norm(x, x)[0],
+        lambda x: ops.layer_norm(x),
+        lambda x: ops.swiglu(x, x),
+        lambda x: ops.apply_rope(x.view(1, 1, 4, 8), x.view(1, 1, 4, 8), *torch.ones(2, 1, 4, 8))[0],
+        lambda x: ops.cross_entropy(x, torch.arange(4)),
+        lambda x: ops.token_logprobs(x, torch.arange(4)),
+        lambda x: ops.linear_cross_entropy(x, torch.ones(5, 8).tril().to(x), torch.arange(4)),
+        lambda x: ops.linear_token_logprobs(x, torch.ones(5, 8).tril().to(x), torch.arange(4)),
+    ],
+)
+def test_forward_mode_derivatives_are_not_dropped(function):
+    x, direction = torch.randn(4, 8), torch.randn(4, 8)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(function(forward_ad.make_dual(x, direction))).tangent
+    step = 1e-4
+    with fastllm.use_backend("torch"):
+        exact = (function(x.double() + step * direction) - function(x.double() - step * direction)) / (2 * step)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_forced_backends_of_two_threads_may_end_in_any_order():
+    inside, go = threading.Event(), threading.Event()
+
+    def first():
+        with fastllm.use_backend("torch"):
+            inside.set()
+            go.wait(60)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    inside.wait(60)
+    with fastllm.use_backend("cpp"):
+        go.set()
+        thread.join()
+        assert backends.forced == "cpp"
+    assert backends.forced is None
 
 
 def test_autocast_leaves_the_op_alone():

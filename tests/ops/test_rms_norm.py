@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastllm
-from fastllm.ops import rms_norm
+from fastllm.ops import add_rms_norm, rms_norm
 from tests.ops.harness import check_op, each_backend, each_dtype
 
 
@@ -121,6 +121,54 @@ def test_opcheck():
 def test_bad_arguments_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         rms_norm(*arguments)
+
+
+@each_backend
+def test_weights_need_not_be_dense(backend, device):
+    x, weights = torch.randn(6, 40), torch.randn(80)
+    for long in (x, torch.randn(3, 9001)):
+        weight = torch.randn(2 * long.shape[-1])
+        check_op(lambda x, w: rms_norm(x, w[::2]), [long, weight], torch.float32, backend, device)
+        check_op(lambda x, w: rms_norm(x, w[:1].expand(x.shape[-1])), [long, weight], torch.float32, backend, device)
+    check_op(lambda x, w: add_rms_norm(x, x, w[::2])[0], [x, weights], torch.float32, backend, device)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_third_derivative_where_an_operand_is_frozen(frozen):
+    operands = [torch.randn(3, 5), torch.randn(5)]
+    free = operands[1 - frozen].requires_grad_()
+    found = {}
+    for backend in ("cpp", "torch"):
+        with fastllm.use_backend(backend):
+            value = rms_norm(*operands).pow(3).sum()
+            for _ in range(3):
+                (grad,) = torch.autograd.grad(value, free, create_graph=True)
+                value = grad.square().sum()
+        found[backend] = grad
+    torch.testing.assert_close(found["cpp"], found["torch"], rtol=1e-4, atol=1e-4)
+
+
+def test_out_may_be_x_but_not_a_part_of_it():
+    x, weight = torch.randn(6, 8), torch.randn(8)
+    expected = rms_norm(x, weight)
+    torch.testing.assert_close(rms_norm(x, weight, out=x), expected, rtol=0, atol=0)
+    rms_norm(x[:3], out=x[3:])
+    with pytest.raises(ValueError, match="out must not overlap x"):
+        rms_norm(x[:5], out=x[1:])
+    with pytest.raises(ValueError, match="out must not overlap weight"):
+        rms_norm(torch.randn(8), weight, out=weight)
+
+
+def test_out_counts_as_a_change_for_autograd():
+    x, factor, out = torch.randn(5, 8), torch.randn(5, 8, requires_grad=True), torch.randn(5, 8)
+    loss = (factor * out).sum()
+    rms_norm(x, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with pytest.raises(ValueError, match="out does not support gradients"):
+        rms_norm(x, out=torch.empty(5, 8, requires_grad=True))
+    with torch.inference_mode():
+        rms_norm(x, out=torch.empty(5, 8))
 
 
 @each_backend

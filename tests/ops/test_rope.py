@@ -46,6 +46,15 @@ def test_the_phase_is_exact_at_position_four_million(backend, device):
     assert error.abs().max() < 1e-6
 
 
+@each_backend
+def test_inv_freq_in_double_precision_is_not_rounded(backend, device):
+    positions, inv_freq = torch.tensor([[4_000_000, 1_234_567]], device=device), frequencies(64).double().to(device)
+    q = torch.randn(1, 2, 2, 64, device=device)
+    with fastllm.use_backend(backend):
+        found = rope(q, q, positions, inv_freq)[0]
+    torch.testing.assert_close(found.double(), rope(q.double(), q.double(), positions, inv_freq)[0], rtol=0, atol=2e-6)
+
+
 def test_inv_freq_that_requires_a_gradient_gets_the_definitions():
     q = torch.randn(1, 2, 3, 4, dtype=torch.float64)
     inv_freq = frequencies(4).requires_grad_()

@@ -15,8 +15,11 @@ WARPS = 4
 
 
 @triton.jit
-def _sigmoid(z):
-    return 1.0 / (1.0 + tl.exp(-z))
+def _sigmoid_and_rest(z):
+    # s and 1 - s, the latter as s e^-z, which does not cancel; the bound keeps 0 times inf from a hugely negative z
+    e = tl.exp(-z)
+    s = 1.0 / (1.0 + e)
+    return s, s * tl.where(e > 3e38, 3e38, e)
 
 
 @triton.jit
@@ -24,15 +27,15 @@ def _activated_and_slope(z, ACTIVATION: tl.constexpr):
     # 0: silu, slope s + z s (1 - s). 1: tanh-gelu, which is z sigmoid(2 u) with u = sqrt(2 / pi) (z + 0.044715 z³).
     # 2: gelu by erf, value z P(z), slope P(z) + z p(z) with P and p of the normal distribution.
     if ACTIVATION == 0:
-        s = _sigmoid(z)
+        s, rest = _sigmoid_and_rest(z)
         value = z * s
-        slope = s + value * (1.0 - s)
+        slope = s + value * rest
     elif ACTIVATION == 1:
         squared = z * z
         squared = tl.where(squared > 1e30, 1e30, squared)  # keeps a huge finite z from 0 times inf
-        s = _sigmoid(z * (1.5957691216057308 + 0.0713548162726009 * squared))
+        s, rest = _sigmoid_and_rest(z * (1.5957691216057308 + 0.0713548162726009 * squared))
         value = z * s
-        slope = s + value * (1.0 - s) * (1.5957691216057308 + 0.2140644488178027 * squared)
+        slope = s + value * rest * (1.5957691216057308 + 0.2140644488178027 * squared)
     else:
         below = 0.5 + 0.5 * tl.math.erf(z * 0.7071067811865476)
         value = z * below

@@ -25,21 +25,25 @@ def _forward_kernel(
         total += tl.load(x_ptr + start + columns, mask=start + columns < channels, other=0.0).to(tl.float32)
     mean = tl.sum(total, 0) / channels
     squares = tl.zeros([BLOCK], tl.float32)
+    rest = tl.zeros([BLOCK], tl.float32)
     for start in range(0, channels, BLOCK):  # the row again, from the cache: a difference of sums would cancel
         inside = start + columns < channels
         d = tl.load(x_ptr + start + columns, mask=inside, other=0.0).to(tl.float32) - mean
         d = tl.where(inside, d, 0.0)
         squares += d * d
-    rstd = 1.0 / tl.sqrt(tl.sum(squares, 0) / channels + eps)
+        rest += d
+    lost = tl.sum(rest, 0) / channels  # what the mean lost to rounding
+    variance = tl.sum(squares, 0) / channels - lost * lost
+    rstd = 1.0 / tl.sqrt(tl.where(variance < 0.0, 0.0, variance) + eps)
     for start in range(0, channels, BLOCK):
         inside = start + columns < channels
-        y = (tl.load(x_ptr + start + columns, mask=inside, other=0.0).to(tl.float32) - mean) * rstd
+        y = (tl.load(x_ptr + start + columns, mask=inside, other=0.0).to(tl.float32) - mean - lost) * rstd
         if HAS_WEIGHT:
             y *= tl.load(weight_ptr + start + columns, mask=inside, other=0.0).to(tl.float32)
         if HAS_BIAS:
             y += tl.load(bias_ptr + start + columns, mask=inside, other=0.0).to(tl.float32)
         tl.store(y_ptr + start + columns, narrow(y, y_ptr), mask=inside)
-    tl.store(mean_ptr + row, mean)
+    tl.store(mean_ptr + row, mean + lost)
     tl.store(rstd_ptr + row, rstd)
 
 
@@ -86,7 +90,7 @@ def _backward_kernel(
 
 
 def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    x = x.contiguous()
+    x, weight, bias = x.contiguous(), *(None if t is None else t.contiguous() for t in (weight, bias))
     channels = x.shape[-1]
     y, mean = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
     rstd = torch.empty_like(mean)
@@ -102,7 +106,7 @@ def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -
 def backward(
     grad_y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_y, x = grad_y.contiguous(), x.contiguous()
+    grad_y, x, weight = grad_y.contiguous(), x.contiguous(), None if weight is None else weight.contiguous()
     rows, channels = mean.numel(), x.shape[-1]
     programs = program_count(x.device, rows)
     grad_x = torch.empty_like(x)

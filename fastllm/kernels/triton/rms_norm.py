@@ -146,7 +146,7 @@ def _launch_forward(
     eps: float,
     weight_offset: float,
 ) -> Tensor:
-    x = x.contiguous()
+    x, weight = x.contiguous(), None if weight is None else weight.contiguous()
     channels = x.shape[-1]
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     if rstd.numel():
@@ -175,7 +175,7 @@ def add_backward(
     eps: float,
     weight_offset: float,
 ) -> tuple[Tensor, Tensor]:
-    grad_y, x = grad_y.contiguous(), x.contiguous()
+    grad_y, x, weight = grad_y.contiguous(), x.contiguous(), None if weight is None else weight.contiguous()
     rows, channels = rstd.numel(), x.shape[-1]
     programs = program_count(x.device, rows)
     grad_x = torch.empty_like(x)

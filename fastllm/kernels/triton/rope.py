@@ -89,7 +89,7 @@ def rope(
     interleaved: bool,
     transposed: bool,
 ) -> tuple[Tensor, Tensor]:
-    inv_freq = inv_freq.float().contiguous()
+    inv_freq = (inv_freq if inv_freq.dtype == torch.float64 else inv_freq.float()).contiguous()
     rotated = 2 * inv_freq.shape[0]
     return tuple(  # type: ignore[return-value]
         _launch(x, None, None, position_ids, inv_freq, rotated, attention_factor, interleaved, transposed)
