@@ -24,3 +24,22 @@ def narrow(x, pointer):
         return kept.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:  # noqa: RET505 - one constexpr choice, of which Triton compiles one branch
         return x.to(pointer.dtype.element_ty)
+
+
+@triton.jit
+def product(a, b):
+    """The matrix product of two blocks, in fp32, on the matrix units where they take its type. The interpreter multiplies the
+    bits of bf16 as if they were whole numbers; there it is widened first."""
+    if _INTERPRETED and a.dtype == tl.bfloat16:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:  # noqa: RET505 - one constexpr choice, of which Triton compiles one branch
+        return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def add_product(total, a, b):
+    """total + product(a, b), in the accumulators of the matrix units."""
+    if _INTERPRETED and a.dtype == tl.bfloat16:
+        return total + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:  # noqa: RET505 - one constexpr choice, of which Triton compiles one branch
+        return tl.dot(a, b, total, input_precision="ieee")
