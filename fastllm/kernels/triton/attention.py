@@ -141,7 +141,7 @@ def _forward_blocks(
         shrink = tl.exp2(most - base)
         total = total * shrink + tl.sum(weights, 1)
         v = _rows(v_ptr, j0, keys, v_token, N, DV, BLOCK_DV)
-        sums = tl.dot(narrow(weights, v_ptr), v, sums * shrink[:, None], input_precision="ieee")
+        sums = add_product(sums * shrink[:, None], narrow(weights, v_ptr), v)
         most = now
     return sums, most, total
 
@@ -497,7 +497,7 @@ def _decode_kernel(
             mask=inside[:, None] & (value_channel < DV)[None, :],
             other=0.0,
         )
-        sums = tl.dot(narrow(weights, v_ptr), v, sums * shrink[:, None], input_precision="ieee")
+        sums = add_product(sums * shrink[:, None], narrow(weights, v_ptr), v)
         most = now
     all_rows = tl.num_programs(0).to(tl.int64) * count
     at = split * all_rows + row.to(tl.int64) * count + r
