@@ -46,6 +46,7 @@ class Configuration:
     label: str = ""
     matrix: bool = field(default=False, kw_only=True)  # the inner loop must use the chip's matrix instructions
     work: Work | None = field(default=None, kw_only=True)
+    platform: str = field(default="", kw_only=True)  # "cuda" or "hip" where the launcher has others for the other
 
 
 def block_for(channels: int) -> int:

@@ -21,7 +21,6 @@ from fastllm.kernels.triton._numeric import add_product, narrow, product
 
 LOG2_E = 1.4426950408889634
 _LOG2_E, _LN_2 = tl.constexpr(LOG2_E), tl.constexpr(1 / LOG2_E)
-DECODE_BLOCK = 64
 # Arguments of which Triton is to compile no special case for 1 or for multiples of 16.
 _COUNTS = ["blocks", "heads", "kv_heads", "group", "queries", "keys", "tokens", "window", "sinks", "splits"]
 
@@ -41,19 +40,25 @@ def _sequence(table_ptr, cu_q_ptr, cu_k_ptr, block, queries, keys, PACKED: tl.co
 
 @triton.jit
 def _rows(pointer, first, count, step, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows [first, first + BLOCK) of `count` rows, WIDTH channels of which CHANNELS are there; zero elsewhere."""
-    row, channel = first + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
-    inside = (row < count)[:, None]
+    """Rows [first, first + BLOCK) of `count` rows, WIDTH channels of which CHANNELS are there; zero elsewhere.
+
+    One 64-bit offset for the block and 32-bit ones within it, which do not change from block to block: 64-bit pointers to
+    every element would take the registers that the sums need.
+    """
+    row, channel = tl.arange(0, BLOCK), tl.arange(0, WIDTH)
+    inside = (row < count - first)[:, None]
     if CHANNELS != WIDTH:
         inside = inside & (channel < CHANNELS)[None, :]
-    return tl.load(pointer + row.to(tl.int64)[:, None] * step + channel[None, :], mask=inside, other=0.0)
+    block = pointer + (tl.zeros([], tl.int64) + first) * step
+    return tl.load(block + (row[:, None] * step + channel[None, :]), mask=inside, other=0.0)
 
 
 @triton.jit
 def _store_rows(pointer, value, first, count, step, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
-    row, channel = first + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
-    inside = (row < count)[:, None] & (channel < CHANNELS)[None, :]
-    tl.store(pointer + row.to(tl.int64)[:, None] * step + channel[None, :], narrow(value, pointer), mask=inside)
+    row, channel = tl.arange(0, BLOCK), tl.arange(0, WIDTH)
+    inside = (row < count - first)[:, None] & (channel < CHANNELS)[None, :]
+    block = pointer + (tl.zeros([], tl.int64) + first) * step
+    tl.store(block + (row[:, None] * step + channel[None, :]), narrow(value, pointer), mask=inside)
 
 
 @triton.jit
@@ -76,63 +81,74 @@ def _bent(products, i, j, shift, slope, scale_log2, cap_in, cap_out, CAP: tl.con
 
 @triton.jit
 def _seen(
-    i, j, shift, queries, keys, window, sinks, mask_ptr, mask_q, mask_k,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, MASK: tl.constexpr,
+    i, j, i0, j0, shift, queries, keys, window, sinks, mask_ptr, mask_q, mask_k,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, MASK: tl.constexpr, BOUNDS: tl.constexpr,
 ):  # fmt: skip
-    """Which pairs of queries i and keys j see each other; the two broadcast."""
-    seen = (j < keys) & (i < queries)
+    """Which pairs of queries i and keys j see each other; the two broadcast. Without BOUNDS, rows beyond the last count.
+    i0 and j0 are the first of both."""
     if CAUSAL:
-        seen = seen & (j <= i + shift)
+        seen = j <= i + shift
+    else:
+        seen = (j >= 0) & (i >= 0)
+    if BOUNDS or MASK:
+        seen = seen & (j < keys) & (i < queries)
     if WINDOW:
         near = i + shift - j < window
         if SINKS:
             near = near | (j < sinks)
         seen = seen & near
     if MASK:
-        at = mask_ptr + i.to(tl.int64) * mask_q + j.to(tl.int64) * mask_k
-        seen = seen & (tl.load(at, mask=seen, other=0) != 0)
+        zero = tl.zeros([], tl.int64)
+        block = mask_ptr + (zero + i0) * mask_q + (zero + j0) * mask_k
+        seen = seen & (tl.load(block + ((i - i0) * mask_q + (j - j0) * mask_k), mask=seen, other=0) != 0)
     return seen
 
 
 @triton.jit
-def _key_ranges(
+def _key_range(
     first, last, shift, keys, window, sinks, N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    SINKS: tl.constexpr, MASK: tl.constexpr,
+    SINKS: tl.constexpr,
 ):  # fmt: skip
-    """Of queries [first, last]: where the sinks end, where the window begins, where no mask is needed, where keys end."""
-    end, whole_end = keys, keys // N * N
+    """Of queries [first, last]: how many keys their blocks of sinks take, where their window begins, where their keys end."""
+    end = keys
     if CAUSAL:
         end = tl.minimum(keys, tl.maximum(last + shift + 1, 0))
-        whole_end = tl.minimum(whole_end, tl.maximum(first + shift + 1, 0) // N * N)
-    begin, whole_begin = end * 0, end * 0
+    begin, sinks_room = end * 0, end * 0
     if WINDOW:
         begin = tl.minimum(tl.maximum(first + shift - window + 1, 0), end) // N * N
-        whole_begin = tl.maximum(last + shift - window + 1, 0)
-        whole_begin = tl.minimum((whole_begin + N - 1) // N * N, (end + N - 1) // N * N)
-    if MASK:
-        whole_begin, whole_end = begin, begin
-    whole_end = tl.maximum(whole_end, whole_begin)
-    sinks_end = end * 0
     if SINKS:
-        sinks_end = tl.minimum(sinks, begin)
-    return sinks_end, begin, whole_begin, whole_end, end
+        sinks_room = (tl.minimum(sinks, begin) + N - 1) // N * N
+    return sinks_room, begin, end
+
+
+@triton.jit
+def _whole_end(first, shift, keys, N: tl.constexpr, CAUSAL: tl.constexpr):
+    """Up to where all queries from `first` on see all keys, without a window or a mask."""
+    end = keys // N * N
+    if CAUSAL:
+        end = tl.minimum(end, tl.maximum(first + shift + 1, 0) // N * N)
+    return end
 
 
 @triton.jit
 def _forward_blocks(
-    sums, most, total, q, i, begin, end, k_ptr, v_ptr, k_token, v_token, shift, queries, keys, slope, scale_log2, cap_in,
-    cap_out, window, sinks, mask_ptr, mask_q, mask_k, EDGE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    SINKS: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    sums, most, total, q, i, i0, begin, end, k_ptr, v_ptr, k_token, v_token, shift, queries, keys, slope, scale_log2, cap_in,
+    cap_out, window, sinks, mask_ptr, mask_q, mask_k, sinks_room, jump, EDGE: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, SINKS: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    for j0 in range(begin, end, N):
+    for n0 in range(begin, end, N):
+        j0 = n0
+        if SINKS:  # from the last block of sinks on to the window
+            j0 = n0 + tl.where(n0 < sinks_room, 0, jump)
         k = _rows(k_ptr, j0, keys, k_token, N, D, BLOCK_D)
         products = product(q, tl.trans(k))
         j = j0 + tl.arange(0, N)[None, :]
         scores, _ = _bent(products, i, j, shift, slope, scale_log2, cap_in, cap_out, CAP, ALIBI)
         if EDGE:
             seen = _seen(
-                i, j, shift, queries, keys, window, sinks, mask_ptr, mask_q, mask_k, CAUSAL, WINDOW, SINKS, MASK
+                i, j, i0, j0, shift, queries, keys, window, sinks, mask_ptr, mask_q, mask_k, CAUSAL, WINDOW, SINKS, MASK,
+                True,
             )
             scores = tl.where(seen, scores, float("-inf"))
         now = tl.maximum(most, tl.max(scores, 1))
@@ -153,7 +169,7 @@ def _forward_kernel(
     mask_batch, mask_head, mask_q, mask_k, blocks, heads, group, queries, keys, tokens, scale_log2, cap_in, cap_out, window, sinks,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr,
-    ALIBI: tl.constexpr, PACKED: tl.constexpr, SINK_LOGITS: tl.constexpr,
+    ALIBI: tl.constexpr, PACKED: tl.constexpr, DENSE: tl.constexpr, SINK_LOGITS: tl.constexpr,
 ):  # fmt: skip
     row, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     if not PACKED:
@@ -176,31 +192,23 @@ def _forward_kernel(
     total = tl.zeros([M], tl.float32)
     sums = tl.zeros([M, BLOCK_DV], tl.float32)
     last = tl.minimum(first + M, queries) - 1
-    sinks_end, begin, whole_begin, whole_end, end = _key_ranges(
-        first, last, shift, keys, window, sinks, N, CAUSAL, WINDOW, SINKS, MASK
-    )
-    if SINKS:
+    sinks_room, begin, end = _key_range(first, last, shift, keys, window, sinks, N, CAUSAL, WINDOW, SINKS)
+    # Dense: the blocks that all see, without arithmetic of masks, then the edge. Else one loop: copies of it take registers.
+    jump, edge = begin - sinks_room, begin * 0
+    if WINDOW and not SINKS:
+        jump, edge = begin * 0, begin
+    if DENSE:
+        edge = _whole_end(first, shift, keys, N, CAUSAL)
+    if DENSE:
         sums, most, total = _forward_blocks(
-            sums, most, total, q, i, 0, sinks_end, k_ptr, v_ptr, k_token, v_token, shift, queries, keys, slope, scale_log2,
-            cap_in, cap_out, window, sinks, mask_ptr, mask_q, mask_k, True, CAUSAL, WINDOW, SINKS, MASK, CAP, ALIBI, N, D,
-            BLOCK_D, DV, BLOCK_DV,
-        )  # fmt: skip
-    if WINDOW:
-        sums, most, total = _forward_blocks(
-            sums, most, total, q, i, begin, tl.minimum(whole_begin, end), k_ptr, v_ptr, k_token, v_token, shift, queries,
-            keys, slope, scale_log2, cap_in, cap_out, window, sinks, mask_ptr, mask_q, mask_k, True, CAUSAL, WINDOW, SINKS,
-            MASK, CAP, ALIBI, N, D, BLOCK_D, DV, BLOCK_DV,
-        )  # fmt: skip
-    if not MASK:
-        sums, most, total = _forward_blocks(
-            sums, most, total, q, i, whole_begin, whole_end, k_ptr, v_ptr, k_token, v_token, shift, queries, keys, slope,
-            scale_log2, cap_in, cap_out, window, sinks, mask_ptr, mask_q, mask_k, False, CAUSAL, WINDOW, SINKS, MASK, CAP,
-            ALIBI, N, D, BLOCK_D, DV, BLOCK_DV,
+            sums, most, total, q, i, first, 0, edge, k_ptr, v_ptr, k_token, v_token, shift, queries, keys, slope, scale_log2,
+            cap_in, cap_out, window, sinks, mask_ptr, mask_q, mask_k, sinks_room, jump, False, CAUSAL, WINDOW, SINKS, MASK,
+            CAP, ALIBI, N, D, BLOCK_D, DV, BLOCK_DV,
         )  # fmt: skip
     sums, most, total = _forward_blocks(
-        sums, most, total, q, i, whole_end, end, k_ptr, v_ptr, k_token, v_token, shift, queries, keys, slope, scale_log2,
-        cap_in, cap_out, window, sinks, mask_ptr, mask_q, mask_k, True, CAUSAL, WINDOW, SINKS, MASK, CAP, ALIBI, N, D,
-        BLOCK_D, DV, BLOCK_DV,
+        sums, most, total, q, i, first, edge, end - jump, k_ptr, v_ptr, k_token, v_token, shift, queries, keys, slope, scale_log2,
+        cap_in, cap_out, window, sinks, mask_ptr, mask_q, mask_k, sinks_room, jump, True, CAUSAL, WINDOW, SINKS, MASK, CAP,
+        ALIBI, N, D, BLOCK_D, DV, BLOCK_DV,
     )  # fmt: skip
     if SINK_LOGITS:
         sink = tl.load(sink_ptr + head) * _LOG2_E
@@ -239,10 +247,10 @@ def _delta_kernel(
 
 @triton.jit
 def _key_value_blocks(
-    grad_k, grad_v, k, v, j, begin, end, q_ptr, grad_ptr, lse_ptr, delta_ptr, q_token, grad_token, shift, queries, keys,
-    slope, scale_log2, cap_in, cap_out, window, sinks, mask_ptr, mask_q, mask_k, EDGE: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, SINKS: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, M: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    grad_k, grad_v, k, v, j, j0, begin, end, q_ptr, grad_ptr, lse_ptr, delta_ptr, q_token, grad_token, shift, queries, keys,
+    slope, scale_log2, cap_in, cap_out, window, sinks, mask_ptr, mask_q, mask_k, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    SINKS: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, M: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, GRAD_K: tl.constexpr, GRAD_V: tl.constexpr,
 ):  # fmt: skip
     for i0 in range(begin, end, M):
         q = _rows(q_ptr, i0, queries, q_token, M, D, BLOCK_D)
@@ -250,19 +258,22 @@ def _key_value_blocks(
         at = i0 + tl.arange(0, M)
         lse = tl.load(lse_ptr + at, mask=at < queries, other=float("-inf"))
         lse = tl.where(lse == float("-inf"), float("inf"), lse * _LOG2_E)  # who sees nothing has no weights
-        delta = tl.load(delta_ptr + at, mask=at < queries, other=0.0)
         products = product(k, tl.trans(q))
         i = at[None, :]
         scores, steep = _bent(products, i, j, shift, slope, scale_log2, cap_in, cap_out, CAP, ALIBI)
         weights = tl.exp2(scores - lse[None, :])
-        if EDGE:
+        if CAUSAL or WINDOW or MASK:
             seen = _seen(
-                i, j, shift, queries, keys, window, sinks, mask_ptr, mask_q, mask_k, CAUSAL, WINDOW, SINKS, MASK
+                i, j, i0, j0, shift, queries, keys, window, sinks, mask_ptr, mask_q, mask_k, CAUSAL, WINDOW, SINKS, MASK,
+                False,
             )
             weights = tl.where(seen, weights, 0.0)
-        grad_v = add_product(grad_v, narrow(weights, grad_ptr), grad)
-        grad_scores = weights * (product(v, tl.trans(grad)) - delta[None, :]) * steep
-        grad_k = add_product(grad_k, narrow(grad_scores, q_ptr), q)
+        if GRAD_V:
+            grad_v = add_product(grad_v, narrow(weights, grad_ptr), grad)
+        if GRAD_K:
+            delta = tl.load(delta_ptr + at, mask=at < queries, other=0.0)
+            grad_scores = weights * (product(v, tl.trans(grad)) - delta[None, :]) * steep
+            grad_k = add_product(grad_k, narrow(grad_scores, q_ptr), q)
     return grad_k, grad_v
 
 
@@ -274,7 +285,7 @@ def _key_value_kernel(
     mask_batch, mask_head, mask_q, mask_k, blocks, heads, group, queries, keys, tokens, scale, scale_log2, cap_in, cap_out, window,
     sinks, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, MASK: tl.constexpr,
-    CAP: tl.constexpr, ALIBI: tl.constexpr, PACKED: tl.constexpr,
+    CAP: tl.constexpr, ALIBI: tl.constexpr, PACKED: tl.constexpr, GRAD_K: tl.constexpr, GRAD_V: tl.constexpr,
 ):  # fmt: skip
     row, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     kv_heads = heads // group
@@ -289,21 +300,14 @@ def _key_value_kernel(
     j = first + tl.arange(0, N)[:, None]
     last = tl.minimum(first + N, keys) - 1
     begin, end = shift * 0, queries
-    whole_begin, whole_end = shift * 0, queries
     if CAUSAL:
         begin = tl.minimum(tl.maximum(first - shift, 0), queries) // M * M
-        whole_begin = tl.minimum((tl.maximum(last - shift, 0) + M - 1) // M * M, (queries + M - 1) // M * M)
     if WINDOW:
-        whole_end = tl.minimum(tl.maximum(first + window - shift, 0), queries) // M * M
-        reach = tl.minimum(tl.maximum(last + window - shift, 0), queries)
+        reach = tl.minimum(tl.maximum(tl.minimum(first + N, keys) - 1 + window - shift, 0), queries)
         if SINKS:
             end = tl.where(first < sinks, queries, reach)
         else:
             end = reach
-    whole_begin = tl.maximum(whole_begin, begin)
-    if MASK:
-        whole_end = whole_begin
-    whole_end = tl.maximum(whole_end, whole_begin)
     grad_k = tl.zeros([N, BLOCK_D], tl.float32)
     grad_v = tl.zeros([N, BLOCK_DV], tl.float32)
     for member in range(group):
@@ -316,37 +320,30 @@ def _key_value_kernel(
         stats = (batch * heads + head) * tokens + first_q
         mask_here = mask_ptr + batch * mask_batch + head * mask_head
         grad_k, grad_v = _key_value_blocks(
-            grad_k, grad_v, k, v, j, begin, tl.minimum(whole_begin, end), q_here, grad_here, lse_ptr + stats,
+            grad_k, grad_v, k, v, j, first, begin, end, q_here, grad_here, lse_ptr + stats,
             delta_ptr + stats, q_token, grad_token, shift, queries, keys, slope, scale_log2, cap_in, cap_out, window, sinks,
-            mask_here, mask_q, mask_k, True, CAUSAL, WINDOW, SINKS, MASK, CAP, ALIBI, M, D, BLOCK_D, DV, BLOCK_DV,
+            mask_here, mask_q, mask_k, CAUSAL, WINDOW, SINKS, MASK, CAP, ALIBI, M, D, BLOCK_D, DV, BLOCK_DV, GRAD_K,
+            GRAD_V,
         )  # fmt: skip
-        if not MASK:
-            grad_k, grad_v = _key_value_blocks(
-                grad_k, grad_v, k, v, j, whole_begin, whole_end, q_here, grad_here, lse_ptr + stats,
-                delta_ptr + stats, q_token, grad_token, shift, queries, keys, slope, scale_log2, cap_in, cap_out, window,
-                sinks, mask_here, mask_q, mask_k, False, CAUSAL, WINDOW, SINKS, MASK, CAP, ALIBI, M, D, BLOCK_D, DV,
-                BLOCK_DV,
-            )  # fmt: skip
-        if WINDOW or MASK:
-            grad_k, grad_v = _key_value_blocks(
-                grad_k, grad_v, k, v, j, whole_end, end, q_here, grad_here, lse_ptr + stats, delta_ptr + stats, q_token,
-                grad_token, shift, queries, keys, slope, scale_log2, cap_in, cap_out, window, sinks, mask_here, mask_q,
-                mask_k, True, CAUSAL, WINDOW, SINKS, MASK, CAP, ALIBI, M, D, BLOCK_D, DV, BLOCK_DV,
-            )  # fmt: skip
     grad_k_ptr += batch * grad_k_batch + kv_head * grad_k_head + first_k * grad_k_token
     grad_v_ptr += batch * grad_v_batch + kv_head * grad_v_head + first_k * grad_v_token
-    _store_rows(grad_k_ptr, grad_k * scale, first, keys, grad_k_token, N, D, BLOCK_D)
-    _store_rows(grad_v_ptr, grad_v, first, keys, grad_v_token, N, DV, BLOCK_DV)
+    if GRAD_K:
+        _store_rows(grad_k_ptr, grad_k * scale, first, keys, grad_k_token, N, D, BLOCK_D)
+    if GRAD_V:
+        _store_rows(grad_v_ptr, grad_v, first, keys, grad_v_token, N, DV, BLOCK_DV)
 
 
 @triton.jit
 def _query_blocks(
-    grad_q, q, grad, lse, delta, i, begin, end, k_ptr, v_ptr, k_token, v_token, shift, queries, keys, slope, scale_log2,
-    cap_in, cap_out, window, sinks, mask_ptr, mask_q, mask_k, EDGE: tl.constexpr, CAUSAL: tl.constexpr,
+    grad_q, q, grad, lse, delta, i, i0, begin, end, k_ptr, v_ptr, k_token, v_token, shift, queries, keys, slope, scale_log2,
+    cap_in, cap_out, window, sinks, mask_ptr, mask_q, mask_k, sinks_room, jump, EDGE: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, SINKS: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, N: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    for j0 in range(begin, end, N):
+    for n0 in range(begin, end, N):
+        j0 = n0
+        if SINKS:
+            j0 = n0 + tl.where(n0 < sinks_room, 0, jump)
         k = _rows(k_ptr, j0, keys, k_token, N, D, BLOCK_D)
         v = _rows(v_ptr, j0, keys, v_token, N, DV, BLOCK_DV)
         j = j0 + tl.arange(0, N)[None, :]
@@ -355,7 +352,8 @@ def _query_blocks(
         weights = tl.exp2(scores - lse[:, None])
         if EDGE:
             seen = _seen(
-                i, j, shift, queries, keys, window, sinks, mask_ptr, mask_q, mask_k, CAUSAL, WINDOW, SINKS, MASK
+                i, j, i0, j0, shift, queries, keys, window, sinks, mask_ptr, mask_q, mask_k, CAUSAL, WINDOW, SINKS, MASK,
+                True,
             )
             weights = tl.where(seen, weights, 0.0)
         grad_scores = weights * (product(grad, tl.trans(v)) - delta[:, None]) * steep
@@ -370,7 +368,7 @@ def _query_kernel(
     grad_q_batch, grad_q_head, grad_q_token, mask_batch, mask_head, mask_q, mask_k, blocks, heads, group, queries, keys, tokens,
     scale, scale_log2, cap_in, cap_out, window, sinks, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr,
     BLOCK_DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    SINKS: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, PACKED: tl.constexpr,
+    SINKS: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, PACKED: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
     row, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     if not PACKED:
@@ -397,32 +395,24 @@ def _query_kernel(
     if ALIBI:
         slope = tl.load(slope_ptr + head) * _LOG2_E
     last = tl.minimum(first + M, queries) - 1
-    sinks_end, begin, whole_begin, whole_end, end = _key_ranges(
-        first, last, shift, keys, window, sinks, N, CAUSAL, WINDOW, SINKS, MASK
-    )
+    sinks_room, begin, end = _key_range(first, last, shift, keys, window, sinks, N, CAUSAL, WINDOW, SINKS)
+    # Dense: the blocks that all see, without arithmetic of masks, then the edge. Else one loop: copies of it take registers.
+    jump, edge = begin - sinks_room, begin * 0
+    if WINDOW and not SINKS:
+        jump, edge = begin * 0, begin
+    if DENSE:
+        edge = _whole_end(first, shift, keys, N, CAUSAL)
     grad_q = tl.zeros([M, BLOCK_D], tl.float32)
-    if SINKS:
+    if DENSE:
         grad_q = _query_blocks(
-            grad_q, q, grad, lse, delta, i, 0, sinks_end, k_ptr, v_ptr, k_token, v_token, shift, queries, keys, slope,
-            scale_log2, cap_in, cap_out, window, sinks, mask_ptr, mask_q, mask_k, True, CAUSAL, WINDOW, SINKS, MASK, CAP,
-            ALIBI, N, D, BLOCK_D, DV, BLOCK_DV,
-        )  # fmt: skip
-    if WINDOW:
-        grad_q = _query_blocks(
-            grad_q, q, grad, lse, delta, i, begin, tl.minimum(whole_begin, end), k_ptr, v_ptr, k_token, v_token, shift,
-            queries, keys, slope, scale_log2, cap_in, cap_out, window, sinks, mask_ptr, mask_q, mask_k, True, CAUSAL,
-            WINDOW, SINKS, MASK, CAP, ALIBI, N, D, BLOCK_D, DV, BLOCK_DV,
-        )  # fmt: skip
-    if not MASK:
-        grad_q = _query_blocks(
-            grad_q, q, grad, lse, delta, i, whole_begin, whole_end, k_ptr, v_ptr, k_token, v_token, shift, queries, keys,
-            slope, scale_log2, cap_in, cap_out, window, sinks, mask_ptr, mask_q, mask_k, False, CAUSAL, WINDOW, SINKS, MASK,
-            CAP, ALIBI, N, D, BLOCK_D, DV, BLOCK_DV,
+            grad_q, q, grad, lse, delta, i, first, 0, edge, k_ptr, v_ptr, k_token, v_token, shift, queries, keys, slope,
+            scale_log2, cap_in, cap_out, window, sinks, mask_ptr, mask_q, mask_k, sinks_room, jump, False, CAUSAL, WINDOW,
+            SINKS, MASK, CAP, ALIBI, N, D, BLOCK_D, DV, BLOCK_DV,
         )  # fmt: skip
     grad_q = _query_blocks(
-        grad_q, q, grad, lse, delta, i, whole_end, end, k_ptr, v_ptr, k_token, v_token, shift, queries, keys, slope,
-        scale_log2, cap_in, cap_out, window, sinks, mask_ptr, mask_q, mask_k, True, CAUSAL, WINDOW, SINKS, MASK, CAP, ALIBI,
-        N, D, BLOCK_D, DV, BLOCK_DV,
+        grad_q, q, grad, lse, delta, i, first, edge, end - jump, k_ptr, v_ptr, k_token, v_token, shift, queries, keys, slope,
+        scale_log2, cap_in, cap_out, window, sinks, mask_ptr, mask_q, mask_k, sinks_room, jump, True, CAUSAL, WINDOW, SINKS,
+        MASK, CAP, ALIBI, N, D, BLOCK_D, DV, BLOCK_DV,
     )  # fmt: skip
     grad_q_ptr += batch * grad_q_batch + head * grad_q_head + first_q * grad_q_token
     _store_rows(grad_q_ptr, grad_q * scale, first, queries, grad_q_token, M, D, BLOCK_D)
@@ -553,28 +543,48 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-def _forward_tiles(width: int, dtype: torch.dtype) -> Tiles:
+# By the wider of the head dims, up to 64, 128 and 256: the largest that spill nothing on sm_80, sm_90 and sm_100, or on gfx942,
+# whose 64 KB of shared memory and own pipeline want other ones. Not timed yet.
+_TILES = {
+    ("forward", "cuda"): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 32, 8, 2)),
+    ("forward", "hip"): (Tiles(128, 64, 8, 1), Tiles(64, 64, 8, 1), Tiles(32, 32, 8, 1)),
+    ("key_value", "cuda"): (Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2), Tiles(32, 64, 8, 2)),
+    ("key_value", "hip"): (Tiles(16, 64, 4, 1), Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1)),
+    ("query", "cuda"): (Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(64, 16, 8, 2)),
+    ("query", "hip"): (Tiles(128, 64, 8, 1), Tiles(128, 32, 8, 1), Tiles(64, 16, 8, 1)),
+}
+_FP32_TILES = {
+    ("forward", "cuda"): Tiles(16, 32, 8, 2), ("key_value", "cuda"): Tiles(16, 16, 4, 2), ("query", "cuda"): Tiles(16, 16, 4, 2),
+    ("forward", "hip"): Tiles(16, 32, 8, 1), ("key_value", "hip"): Tiles(16, 16, 4, 1), ("query", "hip"): Tiles(16, 16, 4, 1),
+}  # fmt: skip
+# A boolean mask takes registers of its own.
+_MASK_TILES = {
+    ("forward", "cuda"): (Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 32, 8, 1)),
+    ("query", "cuda"): (Tiles(64, 64, 4, 1), Tiles(128, 32, 8, 1), Tiles(64, 16, 8, 2)),
+    ("query", "hip"): (Tiles(64, 32, 4, 1), Tiles(128, 32, 8, 1), Tiles(64, 16, 8, 1)),
+}
+
+
+def _tiles(kernel: str, flags: dict[str, Any], dtype: torch.dtype, platform: str | None = None) -> Tiles:
+    platform = platform or ("hip" if torch.version.hip else "cuda")
     if dtype == torch.float32:
-        return Tiles(32, 32, 4, 2) if width <= 128 else Tiles(16, 32, 4, 1)
-    if width <= 64:
-        return Tiles(128, 64, 4, 3)
-    return Tiles(128, 64, 8, 2) if width <= 128 else Tiles(64, 32, 4, 2)
+        return _FP32_TILES[kernel, platform]
+    width = max(flags["BLOCK_D"], flags["BLOCK_DV"])
+    chosen = _TILES[kernel, platform]
+    if flags["MASK"] or (flags["SINKS"] and kernel == "forward"):
+        chosen = _MASK_TILES.get((kernel, platform), chosen)
+    return chosen[0 if width <= 64 else 1 if width <= 128 else 2]
 
 
-def _key_value_tiles(width: int, dtype: torch.dtype) -> Tiles:
-    if dtype == torch.float32:
-        return Tiles(16, 32, 4, 1) if width <= 128 else Tiles(16, 16, 4, 1)
-    if width <= 64:
-        return Tiles(64, 128, 8, 2)
-    return Tiles(32, 128, 8, 2) if width <= 128 else Tiles(16, 64, 8, 1)
+def _passes(flags: dict[str, Any], dtype: torch.dtype) -> tuple[tuple[bool, bool], ...]:
+    """Which of the gradients of keys and values a launch makes: the sums of both at once do not fit at 256 channels."""
+    both = max(flags["BLOCK_D"], flags["BLOCK_DV"]) <= 128
+    return ((True, True),) if both else ((True, False), (False, True))
 
 
-def _query_tiles(width: int, dtype: torch.dtype) -> Tiles:
-    if dtype == torch.float32:
-        return Tiles(32, 16, 4, 1) if width <= 128 else Tiles(16, 16, 4, 1)
-    if width <= 64:
-        return Tiles(128, 64, 8, 2)
-    return Tiles(128, 32, 8, 2) if width <= 128 else Tiles(64, 16, 8, 1)
+def _dense(flags: dict[str, Any], dtype: torch.dtype) -> bool:
+    """Whether blocks that need no mask have a loop of their own; in fp32 its copy would not fit the registers."""
+    return not (flags["WINDOW"] or flags["MASK"]) and dtype != torch.float32
 
 
 def _width(channels: int) -> int:
@@ -582,7 +592,12 @@ def _width(channels: int) -> int:
 
 
 def _whole_rows(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
+    """With channels side by side, and tokens so near that offsets within a block fit 32 bits."""
+    return t if t.stride(-1) == 1 and t.stride(0 if t.dim() == 3 else 2) < 1 << 24 else t.contiguous()
+
+
+def _whole_mask(mask: Tensor) -> Tensor:
+    return mask if max(mask.stride()[2:]) < 1 << 24 else mask.contiguous()
 
 
 def _steps(t: Tensor) -> tuple[int, int, int]:
@@ -650,7 +665,7 @@ def _call(
     }  # fmt: skip
     return _Call(
         q, k, v, None if alibi_slopes is None else alibi_slopes.float().contiguous(),
-        None if mask is None else mask.view(torch.uint8), cu_seqlens_q if cu_seqlens_q is None else cu_seqlens_q.contiguous(),
+        None if mask is None else _whole_mask(mask).view(torch.uint8), cu_seqlens_q if cu_seqlens_q is None else cu_seqlens_q.contiguous(),
         cu_seqlens_k if cu_seqlens_k is None else cu_seqlens_k.contiguous(), numbers, flags,
     )  # fmt: skip
 
@@ -669,12 +684,13 @@ def forward(
         out = q.new_empty(q.shape[0], q.shape[2], heads, v.shape[-1]).transpose(1, 2)
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if lse.numel():
-        tiles = _forward_tiles(max(c.flags["BLOCK_D"], c.flags["BLOCK_DV"]), q.dtype)
+        tiles = _tiles("forward", c.flags, q.dtype)
         blocks, table = c.blocks(True, tiles.m)
         sink = c.q if sink_logits is None else sink_logits.float().contiguous()
         _forward_kernel[(blocks * (lse.numel() // c.numbers["tokens"]),)](
             c.q, c.k, c.v, out, lse, sink, *c.pointers(table), *_steps(c.q), *_steps(c.k), *_steps(c.v), *_steps(out),
-            *c.mask_steps(), blocks, **c.numbers, **c.flags, SINK_LOGITS=sink_logits is not None, M=tiles.m, N=tiles.n,
+            *c.mask_steps(), blocks, **c.numbers, **c.flags, DENSE=_dense(c.flags, q.dtype),
+            SINK_LOGITS=sink_logits is not None, M=tiles.m, N=tiles.n,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
     return out, lse
@@ -693,7 +709,6 @@ def backward(
     delta = torch.empty_like(lse)
     tokens = c.numbers["tokens"]
     rows = lse.numel() // tokens
-    width = max(c.flags["BLOCK_D"], c.flags["BLOCK_DV"])
     many = triton.cdiv(tokens, 64)
     _delta_kernel[(many * rows,)](
         out, grad_out, lse if grad_lse is None else grad_lse.float().contiguous(), delta, *_steps(out), *_steps(grad_out),
@@ -701,19 +716,20 @@ def backward(
         BLOCK_DV=c.flags["BLOCK_DV"], M=64,
     )  # fmt: skip
     operands = (*_steps(c.q), *_steps(c.k), *_steps(c.v), *_steps(grad_out))
-    tiles = _key_value_tiles(width, q.dtype)
+    tiles = _tiles("key_value", c.flags, q.dtype)
     blocks, table = c.blocks(False, tiles.n)
-    _key_value_kernel[(blocks * (rows // c.numbers["group"]),)](
-        c.q, c.k, c.v, grad_out, lse, delta, grad_k, grad_v, *c.pointers(table), *operands, *_steps(grad_k),
-        *_steps(grad_v), *c.mask_steps(), blocks, **c.numbers, **c.flags, scale=scale, M=tiles.m, N=tiles.n,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-    )  # fmt: skip
-    tiles = _query_tiles(width, q.dtype)
+    for grad_of_k, grad_of_v in _passes(c.flags, q.dtype):
+        _key_value_kernel[(blocks * (rows // c.numbers["group"]),)](
+            c.q, c.k, c.v, grad_out, lse, delta, grad_k, grad_v, *c.pointers(table), *operands, *_steps(grad_k),
+            *_steps(grad_v), *c.mask_steps(), blocks, **c.numbers, **c.flags, scale=scale, GRAD_K=grad_of_k,
+            GRAD_V=grad_of_v, M=tiles.m, N=tiles.n, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        )  # fmt: skip
+    tiles = _tiles("query", c.flags, q.dtype)
     blocks, table = c.blocks(True, tiles.m)
     _query_kernel[(blocks * rows,)](
         c.q, c.k, c.v, grad_out, lse, delta, grad_q, *c.pointers(table), *operands, *_steps(grad_q), *c.mask_steps(),
-        blocks, **c.numbers, **c.flags, scale=scale, M=tiles.m, N=tiles.n, num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        blocks, **c.numbers, **c.flags, DENSE=_dense(c.flags, q.dtype), scale=scale, M=tiles.m, N=tiles.n,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     return grad_q, grad_k, grad_v
 
@@ -737,7 +753,7 @@ def decode(
     numbers = {n: c.numbers[n] for n in ("group", "queries", "scale_log2", "cap_in", "cap_out", "window", "sinks")}
     _decode_kernel[(batch * kv_heads, splits)](
         c.q, c.k, c.v, cache_lengths.contiguous(), c.q if c.slopes is None else c.slopes, sums, stats, *_steps(c.q),
-        *_steps(c.k), *_steps(c.v), kv_heads, **numbers, **flags, M=_width(c.numbers["group"] * queries), N=DECODE_BLOCK,
+        *_steps(c.k), *_steps(c.v), kv_heads, **numbers, **flags, M=_width(c.numbers["group"] * queries), N=_decode_block(q.dtype),
         num_warps=4, num_stages=2,
     )  # fmt: skip
     _join_kernel[(lse.numel(),)](
@@ -747,10 +763,14 @@ def decode(
     return out, lse
 
 
+def _decode_block(dtype: torch.dtype) -> int:
+    return 32 if dtype == torch.float32 else 64
+
+
 def _splits(device: torch.device, programs: int, keys: int) -> int:
-    """Shares of the cache: enough programs to fill the chip twice over, none of fewer than four blocks of keys."""
+    """Shares of the cache: enough programs to fill the chip twice over, none of fewer than 256 keys."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    return max(1, min(triton.cdiv(2 * processors, programs), triton.cdiv(keys, 4 * DECODE_BLOCK)))
+    return max(1, min(triton.cdiv(2 * processors, programs), triton.cdiv(keys, 256)))
 
 
 # ---- shipped configurations --------------------------------------------------------------------------------------
@@ -780,14 +800,14 @@ def configurations() -> list[Configuration]:
 def _shipped(name: str, width: int, dtype: torch.dtype, flags: dict[str, bool]) -> list[Configuration]:
     names = ("CAUSAL", "WINDOW", "SINKS", "MASK", "CAP", "ALIBI", "PACKED")
     constants: dict[str, Any] = {n: flags.get(n, False) for n in names}
-    constants |= {"D": width, "BLOCK_D": width, "DV": width, "BLOCK_DV": width}
+    constants |= {"D": width, "BLOCK_D": width, "DV": width, "BLOCK_DV": width, "mask_k": 1}
     t, matrix = triton_type(dtype), dtype != torch.float32
     signature = {n: t for n in ("q_ptr", "k_ptr", "v_ptr", "grad_ptr", "grad_q_ptr", "grad_k_ptr", "grad_v_ptr", "out_ptr")}
     signature |= dict.fromkeys(("lse_ptr", "delta_ptr", "sink_ptr", "slope_ptr"), "*fp32")
     signature |= {"mask_ptr": "*u8", **dict.fromkeys(("table_ptr", "cu_q_ptr", "cu_k_ptr"), "*i32")}
     for part in ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v"):
         signature |= {f"{part}_batch": "i64:16", f"{part}_head": "i32:16", f"{part}_token": "i32:16"}
-    signature |= {"mask_batch": "i64", "mask_head": "i64", "mask_q": "i32", "mask_k": "i32"}
+    signature |= {"mask_batch": "i64:16", "mask_head": "i64:16", "mask_q": "i32:16"}
     signature |= dict.fromkeys(("blocks", "heads", "group", "queries", "keys", "tokens", "window", "sinks"), "i32")
     signature |= dict.fromkeys(("scale", "scale_log2", "cap_in", "cap_out"), "fp32")
     heads, length, seen = 16, 16384, 4100 if flags.get("WINDOW") else 8192
@@ -795,21 +815,31 @@ def _shipped(name: str, width: int, dtype: torch.dtype, flags: dict[str, bool]) 
     label = f"{name} {t[1:]} head dim {width}"
     shape = f"1×{heads}×{length}×{width}" + (", window 4096" if flags.get("WINDOW") else "")
     found = []
-    for kernel, what, tiles, products, tensors in (
-        (_forward_kernel, "forward", _forward_tiles(width, dtype), 2, 4),
-        (_key_value_kernel, "backward of keys and values", _key_value_tiles(width, dtype), 4, 6),
-        (_query_kernel, "backward of queries", _query_tiles(width, dtype), 3, 5),
+    for kernel, name_of, what, products, tensors in (
+        (_forward_kernel, "forward", "forward", 2, 4),
+        (_key_value_kernel, "key_value", "backward of keys and values", 4, 6),
+        (_query_kernel, "query", "backward of queries", 3, 5),
     ):
-        fixed = {**constants, "M": tiles.m, "N": tiles.n}
+        fixed = dict(constants)
+        if kernel is not _key_value_kernel:
+            fixed["DENSE"] = _dense(constants, dtype)
         if kernel is _forward_kernel:
             fixed["SINK_LOGITS"] = flags.get("SINK_LOGITS", False)
         work = Work(shape, tensors * rows * width * dtype.itemsize, products * 2 * rows * seen * width)
-        found.append(
-            Configuration(
-                kernel, signature, fixed, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-                label=f"attention {what}, {label}", matrix=matrix, work=work,
-            )  # fmt: skip
-        )
+        passes = _passes(constants, dtype) if kernel is _key_value_kernel else ((True, True),)
+        for grad_k, grad_v in passes:
+            part = what if len(passes) == 1 else f"backward of {'keys' if grad_k else 'values'}"
+            if kernel is _key_value_kernel:
+                fixed |= {"GRAD_K": grad_k, "GRAD_V": grad_v}
+            for platform in ("cuda", "hip"):
+                tiles = _tiles(name_of, constants, dtype, platform)
+                found.append(
+                    Configuration(
+                        kernel, signature, {**fixed, "M": tiles.m, "N": tiles.n}, num_warps=tiles.num_warps,
+                        num_stages=tiles.num_stages, label=f"attention {part}, {label}", matrix=matrix, work=work,
+                        platform=platform,
+                    )  # fmt: skip
+                )
     return found
 
 
@@ -821,7 +851,7 @@ def _shipped_decode(width: int, dtype: torch.dtype, group: int) -> Configuration
         signature |= {f"{part}_batch": "i64:16", f"{part}_head": "i32:16", f"{part}_token": "i32:16"}
     signature |= dict.fromkeys(("kv_heads", "group", "queries", "window", "sinks"), "i32")
     signature |= dict.fromkeys(("scale_log2", "cap_in", "cap_out"), "fp32")
-    constants = {"D": width, "BLOCK_D": width, "DV": width, "BLOCK_DV": width, "M": _width(group), "N": DECODE_BLOCK}
+    constants = {"D": width, "BLOCK_D": width, "DV": width, "BLOCK_DV": width, "M": _width(group), "N": _decode_block(dtype)}
     constants |= {"WINDOW": False, "SINKS": False, "CAP": False, "ALIBI": False}
     work = Work(f"16×8×16384×{width}", 2 * 16 * 8 * 16384 * width * dtype.itemsize)
     return Configuration(
