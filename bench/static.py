@@ -60,11 +60,10 @@ def main(argv: Sequence[str] | None = None, configurations: Sequence[Configurati
     for target in targets:
         if configurations is None and target.startswith("sm_"):
             jobs += [(_cuda_rows, source, target) for source in nvcc.SOURCES]
-        platform = "cuda" if target.startswith("sm_") else "hip"
         jobs += [
             (_triton_rows, index, target)
             for index, configuration in enumerate(_configurations)
-            if configuration.platform in ("", platform)
+            if target in (configuration.targets or CHIPS)
         ]
     # A file that was not compiled is always told: no one knows the names of its kernels.
     rows = [row for row in _run(jobs) if options.match in row["kernel"] or "registers" not in row]

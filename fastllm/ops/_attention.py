@@ -47,7 +47,9 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, rank: int) -> tuple[Tensor, Tenso
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     if k.shape[:-1] != v.shape[:-1]:
-        raise ValueError(f"k and v must agree in all but their last dimension, got {tuple(k.shape)} and {tuple(v.shape)}")
+        raise ValueError(
+            f"k and v must agree in all but their last dimension, got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
     if q.shape[-1] != k.shape[-1] or q.shape[-1] == 0 or v.shape[-1] == 0:
         raise ValueError(
             f"q and k must have one head dimension and v one of its own, all above 0, got q {tuple(q.shape)}, "

@@ -32,6 +32,7 @@ def attention(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     return_lse: bool = False,
+    dropout_p: float = 0.0,
 ) -> Any:
     """``softmax(scores) @ v`` over the keys each query sees.
 
@@ -54,6 +55,7 @@ def attention(
         cu_seqlens_q, cu_seqlens_k: (documents + 1,) int32, ascending from 0 to T: where documents begin, for packed
             inputs. cu_seqlens_k defaults to cu_seqlens_q. Documents may be empty.
         return_lse: also return the logarithm of each softmax's denominator, the sink logit's term included.
+        dropout_p: 0.0; there is no dropout here, and asking for it is an error rather than forgotten.
 
     Returns:
         (B, H, Lq, Dv) in q's dtype, or packed (T, H, Dv); with `return_lse` also the fp32 lse, (B, H, Lq) or (H, T). A
@@ -61,8 +63,10 @@ def attention(
 
     Raises:
         TypeError: a tensor of the wrong kind. ValueError: shapes, dtypes or devices that do not match, H not a multiple of K,
-        window < 1, sinks < 0, cu_seqlens that do not ascend from 0 to T (checked on the CPU).
+        window < 1, sinks < 0, dropout_p other than 0, cu_seqlens that do not ascend from 0 to T (checked on the CPU).
     """
+    if dropout_p:
+        raise ValueError(f"dropout_p must be 0: attention without dropout is all that is here, got {dropout_p}")
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     q, k, v = check_qkv(q, k, v, 3 if packed else 4)
     scale = check_scores(q, scale, window, sinks, sink_logits, alibi_slopes, softcap)

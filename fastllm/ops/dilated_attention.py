@@ -110,7 +110,9 @@ def _pattern(
         seen = None
         if real is not None:
             offsets = real.view(real.shape[0], 1, count, padded // rate, rate)[..., :width]
-            seen = offsets.movedim(-1, 1).flatten(1, 2).repeat(1, rows, 1, 1)  # (B|1, rows * width, count, padded / rate)
+            seen = (
+                offsets.movedim(-1, 1).flatten(1, 2).repeat(1, rows, 1, 1)
+            )  # (B|1, rows * width, count, padded / rate)
         out, lse = _attend(kept(q), kept(k), kept(v), seen, causal, scale)
         outs.append(spread(out, 0.0))
         lses.append(spread(lse.unsqueeze(-1), float("-inf")).squeeze(-1))
@@ -132,9 +134,7 @@ def _whole(t: Tensor, segment: int, length: int) -> Tensor:
     return t[:, :, :, :segment].flatten(2, 3)[:, :, :length]
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Attention within each segment: (B, H, segments, tokens, D) and, of keys, real (B|1, H|1, segments, tokens)."""
     batch, _, count, tokens = q.shape[:4]
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))

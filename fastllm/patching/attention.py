@@ -98,7 +98,12 @@ def attention_forward(
         window = sliding_window if mask.dtype == torch.int64 else None
         return _packed(query, key, value, mask.int(), window, options), None
     starts = kwargs.get("cu_seq_lens_q")
-    if starts is not None and query.shape[0] == 1 and (mask is None or mask.dim() == 4) and key.shape[2] == query.shape[2]:
+    if (
+        starts is not None
+        and query.shape[0] == 1
+        and (mask is None or mask.dim() == 4)
+        and key.shape[2] == query.shape[2]
+    ):
         return _packed(query, key, value, starts.int(), sliding_window if causal else None, options), None
     if mask is None:
         if causal and 1 < query.shape[2] < key.shape[2]:
@@ -137,7 +142,9 @@ def _dilated(
     head = torch.arange(query.shape[1], device=query.device).view(-1, 1, 1)
     parts = []
     for segment, rate in zip(*patterns):
-        held = (i // segment == j // segment) & (i % segment % rate == head % rate) & (j % segment % rate == head % rate)
+        held = (
+            (i // segment == j // segment) & (i % segment % rate == head % rate) & (j % segment % rate == head % rate)
+        )
         visible = held if seen is None else held & seen
         parts.append(ops.attention(query, key, value, causal=False, scale=scaling, mask=visible, return_lse=True))
     return ops.merge_attention(*zip(*parts))[0].transpose(1, 2)
@@ -161,12 +168,16 @@ def whole_mask(mask: Any, query: Tensor, key: Tensor, causal: bool, window: int 
         visible = visible & (i - j < window)
     if mask.dim() == 2:
         return visible[None, None] & mask.bool()[:, None, None] if mask.shape[1] else visible[None, None]
-    document = torch.bucketize(torch.arange(query.shape[0] * keys, device=query.device), mask.to(torch.int64), right=True)
+    document = torch.bucketize(
+        torch.arange(query.shape[0] * keys, device=query.device), mask.to(torch.int64), right=True
+    )
     document = document.view(query.shape[0], 1, keys)
     return visible & (document.unsqueeze(-1) == document.unsqueeze(-2))
 
 
-def _by_its_own(module: nn.Module, own: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+def _by_its_own(
+    module: nn.Module, own: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+) -> Any:
     name = getattr(own, "_attn_implementation", None) or "sdpa"
     function = ALL_ATTENTION_FUNCTIONS.get(name)
     if name == "eager" or function is None:

@@ -21,7 +21,14 @@ from fastllm.patching.report import Patched, PatchReport, Skipped
 from fastllm.patching.rules import Found
 
 # op name -> its rule in fastllm.patching.rules, in the order they are applied
-RULES = {"rms_norm": "rms_norm", "layer_norm": "layer_norm", "rope": "rope", "glu": "glu", "attention": "attention", "loss": "loss"}
+RULES = {
+    "rms_norm": "rms_norm",
+    "layer_norm": "layer_norm",
+    "rope": "rope",
+    "glu": "glu",
+    "attention": "attention",
+    "loss": "loss",
+}
 OPS = tuple(RULES)  # the names a user may ask for
 
 
@@ -122,7 +129,9 @@ def unpatch(model: nn.Module) -> None:
 
 
 @contextmanager
-def patched(model: nn.Module, ops: str | Iterable[str] | Mapping[str, Any] = "auto", **options: Any) -> Iterator[PatchReport]:
+def patched(
+    model: nn.Module, ops: str | Iterable[str] | Mapping[str, Any] = "auto", **options: Any
+) -> Iterator[PatchReport]:
     """``with fastllm.patched(model) as report:`` patches for the block only; a part patched before stays patched."""
     before = {module: replaced_by(module) for module in model.modules()}
     report = patch(model, ops, **options)

@@ -260,7 +260,9 @@ def table(results: list[Result]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in by["matches"] + by["wrong"]:
-        numbers = " | ".join(str(r.counts.get(op, "")) for op in ("rms_norm", "layer_norm", "rope", "glu", "attention", "loss"))
+        numbers = " | ".join(
+            str(r.counts.get(op, "")) for op in ("rms_norm", "layer_norm", "rope", "glu", "attention", "loss")
+        )
         lines.append(
             f"| {r.family} | {r.status} {r.reason} | {r.layers_patched}/{r.layers} | {numbers} | {r.error:.1e} |"
         )

@@ -46,7 +46,7 @@ class Configuration:
     label: str = ""
     matrix: bool = field(default=False, kw_only=True)  # the inner loop must use the chip's matrix instructions
     work: Work | None = field(default=None, kw_only=True)
-    platform: str = field(default="", kw_only=True)  # "cuda" or "hip" where the launcher has others for the other
+    targets: tuple[str, ...] = field(default=(), kw_only=True)  # of _static.TARGETS, where not the same for all
 
 
 def block_for(channels: int) -> int:

@@ -147,7 +147,22 @@ def _forward_blocks(
         scores, _ = _bent(products, i, j, shift, slope, scale_log2, cap_in, cap_out, CAP, ALIBI)
         if EDGE:
             seen = _seen(
-                i, j, i0, j0, shift, queries, keys, window, sinks, mask_ptr, mask_q, mask_k, CAUSAL, WINDOW, SINKS, MASK,
+                i,
+                j,
+                i0,
+                j0,
+                shift,
+                queries,
+                keys,
+                window,
+                sinks,
+                mask_ptr,
+                mask_q,
+                mask_k,
+                CAUSAL,
+                WINDOW,
+                SINKS,
+                MASK,
                 True,
             )
             scores = tl.where(seen, scores, float("-inf"))
@@ -264,7 +279,22 @@ def _key_value_blocks(
         weights = tl.exp2(scores - lse[None, :])
         if CAUSAL or WINDOW or MASK:
             seen = _seen(
-                i, j, i0, j0, shift, queries, keys, window, sinks, mask_ptr, mask_q, mask_k, CAUSAL, WINDOW, SINKS, MASK,
+                i,
+                j,
+                i0,
+                j0,
+                shift,
+                queries,
+                keys,
+                window,
+                sinks,
+                mask_ptr,
+                mask_q,
+                mask_k,
+                CAUSAL,
+                WINDOW,
+                SINKS,
+                MASK,
                 False,
             )
             weights = tl.where(seen, weights, 0.0)
@@ -352,7 +382,22 @@ def _query_blocks(
         weights = tl.exp2(scores - lse[:, None])
         if EDGE:
             seen = _seen(
-                i, j, i0, j0, shift, queries, keys, window, sinks, mask_ptr, mask_q, mask_k, CAUSAL, WINDOW, SINKS, MASK,
+                i,
+                j,
+                i0,
+                j0,
+                shift,
+                queries,
+                keys,
+                window,
+                sinks,
+                mask_ptr,
+                mask_q,
+                mask_k,
+                CAUSAL,
+                WINDOW,
+                SINKS,
+                MASK,
                 True,
             )
             weights = tl.where(seen, weights, 0.0)
@@ -492,7 +537,9 @@ def _decode_kernel(
     all_rows = tl.num_programs(0).to(tl.int64) * count
     at = split * all_rows + row.to(tl.int64) * count + r
     tl.store(
-        sums_ptr + at[:, None] * DV + value_channel[None, :], sums, mask=(r < count)[:, None] & (value_channel < DV)[None, :]
+        sums_ptr + at[:, None] * DV + value_channel[None, :],
+        sums,
+        mask=(r < count)[:, None] & (value_channel < DV)[None, :],
     )
     tl.store(stats_ptr + 2 * at, most, mask=r < count)
     tl.store(stats_ptr + 2 * at + 1, total, mask=r < count)
@@ -543,37 +590,54 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-# By the wider of the head dims, up to 64, 128 and 256: the largest that spill nothing on sm_80, sm_90 and sm_100, or on gfx942,
-# whose 64 KB of shared memory and own pipeline want other ones. Not timed yet.
+# By the wider of the head dims, up to 64, 128 and 256: what spills nothing; not timed yet. gfx942 has 64 KB of shared memory and
+# another pipeline. A kernel without tiles for a chip of its own takes those of sm_80.
 _TILES = {
-    ("forward", "cuda"): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 32, 8, 2)),
-    ("forward", "hip"): (Tiles(128, 64, 8, 1), Tiles(64, 64, 8, 1), Tiles(32, 32, 8, 1)),
-    ("key_value", "cuda"): (Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2), Tiles(32, 64, 8, 2)),
-    ("key_value", "hip"): (Tiles(16, 64, 4, 1), Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1)),
-    ("query", "cuda"): (Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(64, 16, 8, 2)),
-    ("query", "hip"): (Tiles(128, 64, 8, 1), Tiles(128, 32, 8, 1), Tiles(64, 16, 8, 1)),
+    ("forward", "sm_80"): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 32, 8, 2)),
+    ("forward", "gfx942"): (Tiles(128, 64, 8, 1), Tiles(64, 64, 8, 1), Tiles(32, 32, 8, 1)),
+    ("key_value", "sm_80"): (Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2), Tiles(32, 64, 8, 1)),
+    ("key_value", "sm_90"): (Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2), Tiles(16, 64, 8, 2)),
+    ("key_value", "sm_100"): (Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2), Tiles(16, 64, 8, 1)),
+    ("key_value", "gfx942"): (Tiles(16, 64, 4, 1), Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1)),
+    ("query", "sm_80"): (Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(64, 16, 8, 2)),
+    ("query", "gfx942"): (Tiles(128, 64, 8, 1), Tiles(128, 32, 8, 1), Tiles(64, 16, 8, 1)),
 }
 _FP32_TILES = {
-    ("forward", "cuda"): Tiles(16, 32, 8, 2), ("key_value", "cuda"): Tiles(16, 16, 4, 2), ("query", "cuda"): Tiles(16, 16, 4, 2),
-    ("forward", "hip"): Tiles(16, 32, 8, 1), ("key_value", "hip"): Tiles(16, 16, 4, 1), ("query", "hip"): Tiles(16, 16, 4, 1),
-}  # fmt: skip
-# A boolean mask takes registers of its own.
+    ("forward", "sm_80"): Tiles(16, 32, 8, 2),
+    ("forward", "gfx942"): Tiles(16, 32, 8, 1),
+    ("key_value", "sm_80"): Tiles(16, 16, 4, 2),
+    ("key_value", "gfx942"): Tiles(16, 16, 4, 1),
+    ("query", "sm_80"): Tiles(16, 16, 4, 2),
+    ("query", "gfx942"): Tiles(16, 16, 4, 1),
+}
+# Boolean masks, and the arithmetic of windows and sinks beside a wide block of weights, take registers of their own.
 _MASK_TILES = {
-    ("forward", "cuda"): (Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 32, 8, 1)),
-    ("query", "cuda"): (Tiles(64, 64, 4, 1), Tiles(128, 32, 8, 1), Tiles(64, 16, 8, 2)),
-    ("query", "hip"): (Tiles(64, 32, 4, 1), Tiles(128, 32, 8, 1), Tiles(64, 16, 8, 1)),
+    ("forward", "sm_80"): (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 32, 8, 1)),
+    ("query", "sm_80"): (Tiles(64, 64, 4, 1), Tiles(128, 32, 8, 1), Tiles(64, 16, 8, 2)),
+    ("key_value", "gfx942"): (Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1), Tiles(16, 32, 8, 1)),
+    ("query", "gfx942"): (Tiles(64, 32, 4, 1), Tiles(128, 32, 8, 1), Tiles(64, 16, 8, 1)),
 }
 
 
-def _tiles(kernel: str, flags: dict[str, Any], dtype: torch.dtype, platform: str | None = None) -> Tiles:
-    platform = platform or ("hip" if torch.version.hip else "cuda")
+def _tiles(kernel: str, flags: dict[str, Any], dtype: torch.dtype, chip: str) -> Tiles:
+    def of(table: dict[tuple[str, str], Any]) -> Any:
+        return table.get((kernel, chip)) or (None if chip == "gfx942" else table.get((kernel, "sm_80")))
+
     if dtype == torch.float32:
-        return _FP32_TILES[kernel, platform]
+        return of(_FP32_TILES)  # type: ignore[no-any-return]
     width = max(flags["BLOCK_D"], flags["BLOCK_DV"])
-    chosen = _TILES[kernel, platform]
-    if flags["MASK"] or (flags["SINKS"] and kernel == "forward"):
-        chosen = _MASK_TILES.get((kernel, platform), chosen)
-    return chosen[0 if width <= 64 else 1 if width <= 128 else 2]
+    crowded = flags["MASK"] or (kernel == "forward" and (flags["SINKS"] or (flags["WINDOW"] and width <= 64)))
+    chosen = (of(_MASK_TILES) if crowded else None) or of(_TILES)
+    return chosen[0 if width <= 64 else 1 if width <= 128 else 2]  # type: ignore[no-any-return]
+
+
+def _chip(device: torch.device) -> str:
+    """The one of sm_80, sm_90, sm_100 and gfx942 whose tiles a device takes; the interpreter is none of them."""
+    if torch.version.hip:
+        return "gfx942"
+    if device.type != "cuda":
+        return "sm_80"
+    return {8: "sm_80", 9: "sm_90"}.get(torch.cuda.get_device_capability(device)[0], "sm_100")
 
 
 def _passes(flags: dict[str, Any], dtype: torch.dtype) -> tuple[tuple[bool, bool], ...]:
@@ -684,7 +748,7 @@ def forward(
         out = q.new_empty(q.shape[0], q.shape[2], heads, v.shape[-1]).transpose(1, 2)
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if lse.numel():
-        tiles = _tiles("forward", c.flags, q.dtype)
+        tiles = _tiles("forward", c.flags, q.dtype, _chip(q.device))
         blocks, table = c.blocks(True, tiles.m)
         sink = c.q if sink_logits is None else sink_logits.float().contiguous()
         _forward_kernel[(blocks * (lse.numel() // c.numbers["tokens"]),)](
@@ -716,7 +780,7 @@ def backward(
         BLOCK_DV=c.flags["BLOCK_DV"], M=64,
     )  # fmt: skip
     operands = (*_steps(c.q), *_steps(c.k), *_steps(c.v), *_steps(grad_out))
-    tiles = _tiles("key_value", c.flags, q.dtype)
+    tiles = _tiles("key_value", c.flags, q.dtype, _chip(q.device))
     blocks, table = c.blocks(False, tiles.n)
     for grad_of_k, grad_of_v in _passes(c.flags, q.dtype):
         _key_value_kernel[(blocks * (rows // c.numbers["group"]),)](
@@ -724,7 +788,7 @@ def backward(
             *_steps(grad_v), *c.mask_steps(), blocks, **c.numbers, **c.flags, scale=scale, GRAD_K=grad_of_k,
             GRAD_V=grad_of_v, M=tiles.m, N=tiles.n, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
-    tiles = _tiles("query", c.flags, q.dtype)
+    tiles = _tiles("query", c.flags, q.dtype, _chip(q.device))
     blocks, table = c.blocks(True, tiles.m)
     _query_kernel[(blocks * rows,)](
         c.q, c.k, c.v, grad_out, lse, delta, grad_q, *c.pointers(table), *operands, *_steps(grad_q), *c.mask_steps(),
@@ -751,10 +815,11 @@ def decode(
     stats = q.new_empty((splits, lse.numel(), 2), dtype=torch.float32)
     flags = {n: c.flags[n] for n in ("D", "BLOCK_D", "DV", "BLOCK_DV", "WINDOW", "SINKS", "CAP", "ALIBI")}
     numbers = {n: c.numbers[n] for n in ("group", "queries", "scale_log2", "cap_in", "cap_out", "window", "sinks")}
+    block, warps = _decode_tiles(q.dtype)
     _decode_kernel[(batch * kv_heads, splits)](
         c.q, c.k, c.v, cache_lengths.contiguous(), c.q if c.slopes is None else c.slopes, sums, stats, *_steps(c.q),
-        *_steps(c.k), *_steps(c.v), kv_heads, **numbers, **flags, M=_width(c.numbers["group"] * queries), N=_decode_block(q.dtype),
-        num_warps=4, num_stages=2,
+        *_steps(c.k), *_steps(c.v), kv_heads, **numbers, **flags, M=_width(c.numbers["group"] * queries), N=block,
+        num_warps=warps, num_stages=2,
     )  # fmt: skip
     _join_kernel[(lse.numel(),)](
         sums, stats, c.q if sink_logits is None else sink_logits.float().contiguous(), out, lse, *_steps(out), heads,
@@ -763,8 +828,9 @@ def decode(
     return out, lse
 
 
-def _decode_block(dtype: torch.dtype) -> int:
-    return 32 if dtype == torch.float32 else 64
+def _decode_tiles(dtype: torch.dtype) -> tuple[int, int]:
+    """Keys a program holds at a time, and its warps."""
+    return (32, 8) if dtype == torch.float32 else (64, 4)
 
 
 def _splits(device: torch.device, programs: int, keys: int) -> int:
@@ -802,7 +868,9 @@ def _shipped(name: str, width: int, dtype: torch.dtype, flags: dict[str, bool]) 
     constants: dict[str, Any] = {n: flags.get(n, False) for n in names}
     constants |= {"D": width, "BLOCK_D": width, "DV": width, "BLOCK_DV": width, "mask_k": 1}
     t, matrix = triton_type(dtype), dtype != torch.float32
-    signature = {n: t for n in ("q_ptr", "k_ptr", "v_ptr", "grad_ptr", "grad_q_ptr", "grad_k_ptr", "grad_v_ptr", "out_ptr")}
+    signature = {
+        n: t for n in ("q_ptr", "k_ptr", "v_ptr", "grad_ptr", "grad_q_ptr", "grad_k_ptr", "grad_v_ptr", "out_ptr")
+    }
     signature |= dict.fromkeys(("lse_ptr", "delta_ptr", "sink_ptr", "slope_ptr"), "*fp32")
     signature |= {"mask_ptr": "*u8", **dict.fromkeys(("table_ptr", "cu_q_ptr", "cu_k_ptr"), "*i32")}
     for part in ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v"):
@@ -831,16 +899,29 @@ def _shipped(name: str, width: int, dtype: torch.dtype, flags: dict[str, bool]) 
             part = what if len(passes) == 1 else f"backward of {'keys' if grad_k else 'values'}"
             if kernel is _key_value_kernel:
                 fixed |= {"GRAD_K": grad_k, "GRAD_V": grad_v}
-            for platform in ("cuda", "hip"):
-                tiles = _tiles(name_of, constants, dtype, platform)
+            for tiles, chips in _by_tiles(name_of, constants, dtype).items():
                 found.append(
                     Configuration(
-                        kernel, signature, {**fixed, "M": tiles.m, "N": tiles.n}, num_warps=tiles.num_warps,
-                        num_stages=tiles.num_stages, label=f"attention {part}, {label}", matrix=matrix, work=work,
-                        platform=platform,
+                        kernel,
+                        signature,
+                        {**fixed, "M": tiles.m, "N": tiles.n},
+                        num_warps=tiles.num_warps,
+                        num_stages=tiles.num_stages,
+                        label=f"attention {part}, {label}",
+                        matrix=matrix,
+                        work=work,
+                        targets=chips,
                     )  # fmt: skip
                 )
     return found
+
+
+def _by_tiles(kernel: str, flags: dict[str, Any], dtype: torch.dtype) -> dict[Tiles, tuple[str, ...]]:
+    chips: dict[Tiles, tuple[str, ...]] = {}
+    for chip in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        tiles = _tiles(kernel, flags, dtype, chip)
+        chips[tiles] = (*chips.get(tiles, ()), chip)
+    return chips
 
 
 def _shipped_decode(width: int, dtype: torch.dtype, group: int) -> Configuration:
@@ -851,10 +932,17 @@ def _shipped_decode(width: int, dtype: torch.dtype, group: int) -> Configuration
         signature |= {f"{part}_batch": "i64:16", f"{part}_head": "i32:16", f"{part}_token": "i32:16"}
     signature |= dict.fromkeys(("kv_heads", "group", "queries", "window", "sinks"), "i32")
     signature |= dict.fromkeys(("scale_log2", "cap_in", "cap_out"), "fp32")
-    constants = {"D": width, "BLOCK_D": width, "DV": width, "BLOCK_DV": width, "M": _width(group), "N": _decode_block(dtype)}
+    constants = {
+        "D": width,
+        "BLOCK_D": width,
+        "DV": width,
+        "BLOCK_DV": width,
+        "M": _width(group),
+        "N": _decode_tiles(dtype)[0],
+    }
     constants |= {"WINDOW": False, "SINKS": False, "CAP": False, "ALIBI": False}
     work = Work(f"16×8×16384×{width}", 2 * 16 * 8 * 16384 * width * dtype.itemsize)
     return Configuration(
-        _decode_kernel, signature, constants, num_warps=4, num_stages=2,
+        _decode_kernel, signature, constants, num_warps=_decode_tiles(dtype)[1], num_stages=2,
         label=f"attention decode, group {group} {t[1:]} head dim {width}", work=work,
     )  # fmt: skip

@@ -40,7 +40,9 @@ def find(model: nn.Module, options: DilatedConfig | None = None) -> Iterator[Fou
     attentions: list[tuple[nn.Module, bool]] = []
     supported = True
     for path, module in model.named_modules():
-        if any(hasattr(module, flag) for flag in _SUPPORT):  # a Transformers model; what follows is inside it, or another one
+        if any(
+            hasattr(module, flag) for flag in _SUPPORT
+        ):  # a Transformers model; what follows is inside it, or another one
             supported = any(getattr(module, flag, False) for flag in _SUPPORT)
         if not _asks_for_attention(type(module)):
             continue
@@ -58,14 +60,20 @@ def find(model: nn.Module, options: DilatedConfig | None = None) -> Iterator[Fou
         elif _changes_mask(type(module)):
             yield Skipped(path, OP, "its forward changes the mask before its attention sees it")
         elif not passes <= _TAKEN:
-            yield Skipped(path, OP, f"it gives its attention {', '.join(sorted(passes - _TAKEN))}, which ours does not take")
+            yield Skipped(
+                path, OP, f"it gives its attention {', '.join(sorted(passes - _TAKEN))}, which ours does not take"
+            )
         else:
             numbers = tuple(sorted((n, v) for n, v in vars(module).items() if isinstance(v, (int, float))))
             yield Found(path, module, SLOT, settings, (eager, implementation, *numbers, bool(options)))
     for path, module in model.named_modules():
         if path and SLOT in module.__dict__ and _makes_masks(type(module)):
             below = [a for a in attentions if any(a[0] is m for m in module.modules())]
-            if below and all(isinstance(m.__dict__.get(SLOT), View) for m, _ in below) and _only_ours_take_masks(module):
+            if (
+                below
+                and all(isinstance(m.__dict__.get(SLOT), View) for m, _ in below)
+                and _only_ours_take_masks(module)
+            ):
                 windows = all(passed for _, passed in below)
                 yield Found(path, module, SLOT, {"windows": windows}, auxiliary=True)
 
@@ -87,10 +95,14 @@ def verify(found: Found, dtype: torch.dtype) -> str:
     options: dict[str, Any] = {"scaling": getattr(module, "scaling", None) or head_dim**-0.5, "dropout": 0.0}
     passes = _passes(type(module))
     if "softcap" in passes:
-        options["softcap"] = getattr(module, "attn_logit_softcapping", None) or getattr(config, "attn_logit_softcapping", None)
+        options["softcap"] = getattr(module, "attn_logit_softcapping", None) or getattr(
+            config, "attn_logit_softcapping", None
+        )
     if "s_aux" in passes:
         options["s_aux"] = None if sinks is None else sinks.detach().to(dtype)
-    q = probing.random((2, heads, length, head_dim), dtype, device, seed=3, scale=1 / (options["scaling"] * head_dim**0.5))
+    q = probing.random(
+        (2, heads, length, head_dim), dtype, device, seed=3, scale=1 / (options["scaling"] * head_dim**0.5)
+    )
     k, v = (probing.random((2, heads // group, length, head_dim), dtype, device, seed=s) for s in (4, 5))
     i = torch.arange(length, device=device)
     near = (i <= i.unsqueeze(1)) & (i.unsqueeze(1) - i < window)
@@ -154,7 +166,9 @@ def _changes_mask(cls: type) -> bool:
     nodes = [] if tree is None else list(ast.walk(tree))
     assigned = any(isinstance(n, ast.Name) and n.id == "attention_mask" and isinstance(n.ctx, ast.Store) for n in nodes)
     return assigned or any(
-        isinstance(n, (ast.Subscript, ast.Attribute)) and isinstance(n.value, ast.Name) and n.value.id == "attention_mask"
+        isinstance(n, (ast.Subscript, ast.Attribute))
+        and isinstance(n.value, ast.Name)
+        and n.value.id == "attention_mask"
         for n in nodes
     )
 
@@ -163,8 +177,10 @@ def _only_ours_take_masks(module: nn.Module) -> bool:
     """False where a module takes an attention mask and neither hands it on nor is ours."""
     for child in module.modules():
         takes = _takes_mask(type(child))
-        if takes and not isinstance(child.__dict__.get(SLOT), View) and not any(
-            _takes_mask(type(m)) for m in child.modules() if m is not child
+        if (
+            takes
+            and not isinstance(child.__dict__.get(SLOT), View)
+            and not any(_takes_mask(type(m)) for m in child.modules() if m is not child)
         ):
             return False
     return True
