@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -75,8 +77,10 @@ def check_mask(mask: Tensor, shape: tuple[int, ...], q: Tensor) -> Tensor:
         ) from None
 
 
-def check_documents(name: str, bounds: Tensor, tokens: int, like: Tensor) -> None:
+def check_documents(name: str, bounds: Tensor | None, tokens: int, like: Tensor) -> int:
+    """Returns how many documents there are."""
     _check.is_tensor(name, bounds)
+    assert bounds is not None
     if bounds.dtype != torch.int32:
         raise TypeError(f"{name} must be an int32 tensor, got {bounds.dtype}")
     if bounds.dim() != 1 or bounds.shape[0] < 1:
@@ -84,8 +88,9 @@ def check_documents(name: str, bounds: Tensor, tokens: int, like: Tensor) -> Non
     _check.same_device(name, bounds, "q", like)
     if bounds.device.type == "cpu" and not torch.compiler.is_compiling() and type(bounds) is Tensor:
         values = bounds.tolist()
-        if values[0] != 0 or values[-1] != tokens or any(b < a for a, b in zip(values, values[1:])):
+        if values[0] != 0 or values[-1] != tokens or any(b < a for a, b in itertools.pairwise(values)):
             raise ValueError(f"{name} must ascend from 0 to T = {tokens}, got {values}")
+    return bounds.shape[0] - 1
 
 
 def positions(

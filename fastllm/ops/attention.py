@@ -76,12 +76,13 @@ def attention(
             raise ValueError("mask cannot be combined with cu_seqlens_q and cu_seqlens_k")
         cu_seqlens_q = cu_seqlens_k if cu_seqlens_q is None else cu_seqlens_q
         cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-        check_documents("cu_seqlens_q", cu_seqlens_q, q.shape[0], q)
-        check_documents("cu_seqlens_k", cu_seqlens_k, k.shape[0], k)
-        if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        documents = (
+            check_documents("cu_seqlens_q", cu_seqlens_q, q.shape[0], q),
+            check_documents("cu_seqlens_k", cu_seqlens_k, k.shape[0], k),
+        )
+        if documents[0] != documents[1]:
             raise ValueError(
-                f"cu_seqlens_q and cu_seqlens_k must tell of as many documents, got {cu_seqlens_q.shape[0] - 1} and "
-                f"{cu_seqlens_k.shape[0] - 1}"
+                f"cu_seqlens_q and cu_seqlens_k must tell of as many documents, got {documents[0]} and {documents[1]}"
             )
     elif mask is not None:
         mask = check_mask(mask, (q.shape[0], heads, q.shape[2], k.shape[2]), q)

@@ -55,9 +55,11 @@ def decode_attention(
         raise TypeError(f"cache_lengths must be an int32 or int64 tensor, got {cache_lengths.dtype}")
     _check.has_shape("cache_lengths", cache_lengths, (q.shape[0],), "one per row of q")
     _check.same_device("cache_lengths", cache_lengths, "q", q)
-    if cache_lengths.device.type == "cpu" and not torch.compiler.is_compiling() and type(cache_lengths) is Tensor:
-        if any(not 0 <= length <= k.shape[2] for length in cache_lengths.tolist()):
-            raise ValueError(f"cache_lengths must lie in 0 .. S = {k.shape[2]}, got {cache_lengths.tolist()}")
+    readable = (
+        cache_lengths.device.type == "cpu" and type(cache_lengths) is Tensor and not torch.compiler.is_compiling()
+    )
+    if readable and any(not 0 <= length <= k.shape[2] for length in cache_lengths.tolist()):
+        raise ValueError(f"cache_lengths must lie in 0 .. S = {k.shape[2]}, got {cache_lengths.tolist()}")
     head_dim, value_dim = q.shape[-1], v.shape[-1]
     if head_dim % 8:
         q, k = (F.pad(t, (0, -head_dim % 8)) for t in (q, k))

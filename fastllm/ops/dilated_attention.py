@@ -73,7 +73,7 @@ def _pattern(
     q: Tensor, k: Tensor, v: Tensor, segment: int, rate: int, causal: bool, scale: float, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One pattern's out and lse; 0 and -inf for the queries it does not hold."""
-    batch, heads, length = q.shape[:3]
+    heads, length = q.shape[1:3]
     segment = min(segment, length) if length else segment
     count = -(-length // segment)
     padded = -(-segment // rate) * rate  # a segment with room for whole strides
@@ -83,40 +83,44 @@ def _pattern(
     else:
         real = None
     if rate == 1:
-        parts = [_attend(*(_segments(t, segment, padded) for t in (q, k, v)), real, causal, scale)]
-        out, lse = parts[0]
+        whole = [_segments(t, segment, padded) for t in (q, k, v)]
+        out, lse = _attend(whole[0], whole[1], whole[2], real, causal, scale)
         return _whole(out, segment, length), _whole(lse.unsqueeze(-1), segment, length).squeeze(-1)
     outs, lses = [], []
-    # Heads in rows of `rate`, of which head h keeps the tokens of offset h: the diagonals of (rate heads, rate offsets).
+    # Heads in rows of `rate`, of which head h keeps the tokens of offset h; what is left over is one row that is not full.
     for first, width in ((0, rate), (heads // rate * rate, heads % rate)):
         rows = (heads - first) // width if width else 0
         if not rows:
             continue
-
-        def kept(t: Tensor) -> Tensor:
-            t = _segments(t[:, first : first + rows * width], segment, padded)
-            t = t.reshape(batch, rows, width, count, padded // rate, rate, t.shape[-1])[..., :width, :]
-            return t.diagonal(dim1=2, dim2=5).movedim(-1, 2).flatten(1, 2)  # (B, rows * width, count, padded / rate, D)
-
-        def spread(t: Tensor, empty: float) -> Tensor:
-            t = t.view(batch, rows, width, count, padded // rate, t.shape[-1])
-            room = t.new_full((batch, rows, width, count, padded // rate, rate, t.shape[-1]), empty)
-            inner = room[..., :width, :]
-            inner = torch.diagonal_scatter(inner, t.movedim(2, -1), dim1=2, dim2=5)
-            if width < rate:
-                inner = torch.cat((inner, room[..., width:, :]), -2)
-            return _whole(inner.flatten(1, 2).flatten(3, 4), segment, length)
-
+        kept = [
+            _diagonal(_segments(t[:, first : first + rows * width], segment, padded), width, rate) for t in (q, k, v)
+        ]
         seen = None
         if real is not None:
             offsets = real.view(real.shape[0], 1, count, padded // rate, rate)[..., :width]
             seen = (
                 offsets.movedim(-1, 1).flatten(1, 2).repeat(1, rows, 1, 1)
             )  # (B|1, rows * width, count, padded / rate)
-        out, lse = _attend(kept(q), kept(k), kept(v), seen, causal, scale)
-        outs.append(spread(out, 0.0))
-        lses.append(spread(lse.unsqueeze(-1), float("-inf")).squeeze(-1))
+        out, lse = _attend(kept[0], kept[1], kept[2], seen, causal, scale)
+        outs.append(_whole(_spread(out, width, rate, 0.0), segment, length))
+        lses.append(_whole(_spread(lse.unsqueeze(-1), width, rate, float("-inf")), segment, length).squeeze(-1))
     return (torch.cat(outs, 1), torch.cat(lses, 1)) if len(outs) > 1 else (outs[0], lses[0])
+
+
+def _diagonal(t: Tensor, width: int, rate: int) -> Tensor:
+    """Of (B, rows * width, segments, tokens, D), of head h (modulo width) the tokens of offset h modulo rate."""
+    t = t.unflatten(1, (-1, width)).unflatten(4, (-1, rate))[..., :width, :]
+    return t.diagonal(dim1=2, dim2=5).movedim(-1, 2).flatten(1, 2)
+
+
+def _spread(t: Tensor, width: int, rate: int, empty: float) -> Tensor:
+    """The transpose of _diagonal: the tokens that a head did not keep are `empty`."""
+    t = t.unflatten(1, (-1, width))
+    room = t.new_full((*t.shape[:-1], rate, t.shape[-1]), empty)
+    filled = torch.diagonal_scatter(room[..., :width, :], t.movedim(2, -1), dim1=2, dim2=5)
+    if width < rate:
+        filled = torch.cat((filled, room[..., width:, :]), -2)
+    return filled.flatten(1, 2).flatten(3, 4)
 
 
 def _segments(t: Tensor, segment: int, padded: int) -> Tensor:
@@ -136,7 +140,7 @@ def _whole(t: Tensor, segment: int, length: int) -> Tensor:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Attention within each segment: (B, H, segments, tokens, D) and, of keys, real (B|1, H|1, segments, tokens)."""
-    batch, _, count, tokens = q.shape[:4]
+    batch, _, count = q.shape[:3]
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
     mask = None
     if real is not None:

@@ -93,7 +93,7 @@ def attention_forward(
     dilated = view.settings.get("dilated") if isinstance(view, View) else None
     if dilated:
         return _dilated(query, key, value, mask, causal, scaling, sliding_window, dilated), None
-    options = {"scale": scaling, "softcap": softcap, "sink_logits": s_aux, "causal": causal}
+    options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sink_logits": s_aux, "causal": causal}
     if mask is not None and mask.dim() == 1:
         window = sliding_window if mask.dtype == torch.int64 else None
         return _packed(query, key, value, mask.int(), window, options), None
@@ -212,8 +212,9 @@ def _sdpa_mask(*args: Any, **kwargs: Any) -> Any:
 
 
 def _compact(call: dict[str, Any]) -> tuple[Tensor | None] | None:
-    queries, keys, ahead, first = (call.get(n) for n in ("q_length", "kv_length", "q_offset", "kv_offset"))
-    if not all(isinstance(n, int) for n in (queries, keys, ahead, first)) or call.get("use_vmap"):
+    numbers = [call.get(n) for n in ("q_length", "kv_length", "q_offset", "kv_offset")]
+    queries, keys, ahead, first = (n if isinstance(n, int) else 0 for n in numbers)
+    if not all(isinstance(n, int) for n in numbers) or call.get("use_vmap"):
         return None  # another transformers, a cache of fixed size, or a mask function of the user's
     if ahead + queries != first + keys:
         return None
@@ -270,15 +271,13 @@ class _Hole:
 
 def _pattern(*names: str) -> Any:
     """The mask function that transformers makes of these makers, the innermost last; None where it has no such."""
-    makers = [getattr(masking_utils, name, None) for name in names]
-    if not all(makers):
-        return None
+    makers = {name: getattr(masking_utils, name, None) for name in names}
     function = masking_utils.causal_mask_function
-    for name, maker in zip(names[::-1], makers[::-1]):
-        if name == "sliding_window_causal_mask_function":
-            function = maker(_Hole("window"))
-        else:
-            function = maker(function, _Hole("positions"), _Hole("documents"))
+    for name, maker in reversed(makers.items()):
+        if maker is None:
+            return None
+        windowed = name == "sliding_window_causal_mask_function"
+        function = maker(_Hole("window")) if windowed else maker(function, _Hole("positions"), _Hole("documents"))
     return function
 
 

@@ -153,9 +153,9 @@ def check(family: str) -> Result:
             return result
         result.error, where = _difference(before, _run(model, ids))
         if padded:
-            error, which = _difference(before_padded, _run(model, ids, padded=True))
-            if not error <= result.error:
-                result.error, where = error, f"{which}, with a padded row,"
+            padded_error, which = _difference(before_padded, _run(model, ids, padded=True))
+            if not padded_error <= result.error:
+                result.error, where = padded_error, f"{which}, with a padded row,"
         fastllm.unpatch(model)
         if not result.error <= 1e-4 and not result.error <= 2 * _sensitivity(model, ids, padded):
             result.status, result.reason = "wrong", f"{where} differs by {result.error:.2g} of its scale"
@@ -250,7 +250,8 @@ def table(results: list[Result]) -> str:
         "",
         f"Made by `python -m fastllm.patching.sweep --markdown docs/families.md` with transformers {transformers.__version__}, "
         f"torch {torch.__version__}. Each family is built as a tiny random model from its own config, run with labels, patched, and "
-        "run again, also with a padded row: logits, loss and every parameter's gradient agree to 1e-4 of their scale in fp32 (or to twice what the last bit of the parameters changes in them), and after `unpatch` to the last bit.",
+        "run again, also with a padded row: logits, loss and every parameter's gradient agree to 1e-4 of their scale in fp32 (or to "
+        "twice what the last bit of the parameters changes in them), and after `unpatch` to the last bit.",
         "",
         f"**{len(by['matches'])} of {len(results)} families match**, {len(whole)} of them with something patched in every layer; "
         f"{len(by['wrong'])} are wrong, {len(by['nothing to patch'])} have nothing to patch, {len(by['not built'])} could not be "

@@ -39,19 +39,19 @@ SIZES = {
 MOE = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 NEOX = {k: v for k, v in SIZES.items() if k not in ("num_key_value_heads", "head_dim")}
 FAMILIES = {
-    "mistral": (MistralConfig(**SIZES), {"rms_norm": 5, "rope": 2, "glu": 2, "loss": 1, "attention": 2}),
-    "qwen3: norms of queries and keys": (Qwen3Config(**SIZES), {"rms_norm": 9, "rope": 2, "glu": 2, "loss": 1, "attention": 2}),
-    "gemma2: 1 + weight, soft-capped logits, tied head": (Gemma2Config(**SIZES), {"rms_norm": 9, "rope": 2, "glu": 2, "loss": 1, "attention": 2}),
-    "gemma3": (Gemma3TextConfig(**SIZES), {"rms_norm": 13, "rope": 2, "glu": 2, "loss": 1, "attention": 2}),
+    "mistral": (MistralConfig(**SIZES), {"rms_norm": 5, "rope": 2, "glu": 2, "loss": 1}),
+    "qwen3: norms of queries and keys": (Qwen3Config(**SIZES), {"rms_norm": 9, "rope": 2, "glu": 2, "loss": 1}),
+    "gemma2: 1 + weight, soft-capped logits, tied head": (Gemma2Config(**SIZES), {"rms_norm": 9, "rope": 2, "glu": 2, "loss": 1}),
+    "gemma3": (Gemma3TextConfig(**SIZES), {"rms_norm": 13, "rope": 2, "glu": 2, "loss": 1}),
     "phi3: one gate_up projection, partial rotation": (
-        Phi3Config(**SIZES, partial_rotary_factor=0.5), {"rms_norm": 5, "rope": 2, "glu": 2, "loss": 1, "attention": 2},
+        Phi3Config(**SIZES, partial_rotary_factor=0.5), {"rms_norm": 5, "rope": 2, "glu": 2, "loss": 1},
     ),
-    "glm: interleaved partial rotation": (GlmConfig(**SIZES), {"rms_norm": 5, "rope": 2, "glu": 2, "loss": 1, "attention": 2}),
-    "cohere: layer norms, scaled logits": (CohereConfig(**SIZES), {"rope": 2, "glu": 2, "loss": 1, "attention": 2}),
-    "granite: divided logits": (GraniteConfig(**SIZES, logits_scaling=3.0), {"rms_norm": 5, "rope": 2, "glu": 2, "loss": 1, "attention": 2}),
-    "mixtral: experts": (MixtralConfig(**{**SIZES, **MOE}), {"rms_norm": 5, "rope": 2, "glu": 2, "loss": 1, "attention": 2}),
-    "qwen3_moe": (Qwen3MoeConfig(**{**SIZES, **MOE}), {"rms_norm": 9, "rope": 2, "glu": 2, "loss": 1, "attention": 2}),
-    "gpt_neox: partial rotation, no gate": (GPTNeoXConfig(**NEOX), {"rope": 2, "loss": 1, "attention": 2}),
+    "glm: interleaved partial rotation": (GlmConfig(**SIZES), {"rms_norm": 5, "rope": 2, "glu": 2, "loss": 1}),
+    "cohere: layer norms, scaled logits": (CohereConfig(**SIZES), {"rope": 2, "glu": 2, "loss": 1}),
+    "granite: divided logits": (GraniteConfig(**SIZES, logits_scaling=3.0), {"rms_norm": 5, "rope": 2, "glu": 2, "loss": 1}),
+    "mixtral: experts": (MixtralConfig(**{**SIZES, **MOE}), {"rms_norm": 5, "rope": 2, "glu": 2, "loss": 1}),
+    "qwen3_moe": (Qwen3MoeConfig(**{**SIZES, **MOE}), {"rms_norm": 9, "rope": 2, "glu": 2, "loss": 1}),
+    "gpt_neox: partial rotation, no gate": (GPTNeoXConfig(**NEOX), {"rope": 2, "loss": 1}),
 }  # fmt: skip
 
 
@@ -65,7 +65,8 @@ def test_a_patched_family_trains_as_the_unpatched_one(family):
     model = of(config)
     expected = step(model)
     report = fastllm.patch(model)
-    assert {op: n for op, n in report.counts.items() if op != "layer_norm"} == counts, str(report)
+    counted = {op: n for op, n in report.counts.items() if op != "layer_norm"}
+    assert counted == {**counts, "attention": 2}, str(report)
     assert_same_step(step(model), expected)
     fastllm.unpatch(model)
     for found, was in zip(step(model)[:2], expected[:2]):

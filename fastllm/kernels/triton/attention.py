@@ -328,7 +328,6 @@ def _key_value_kernel(
     k = _rows(k_ptr + batch * k_batch + kv_head * k_head + first_k * k_token, first, keys, k_token, N, D, BLOCK_D)
     v = _rows(v_ptr + batch * v_batch + kv_head * v_head + first_k * v_token, first, keys, v_token, N, DV, BLOCK_DV)
     j = first + tl.arange(0, N)[:, None]
-    last = tl.minimum(first + N, keys) - 1
     begin, end = shift * 0, queries
     if CAUSAL:
         begin = tl.minimum(tl.maximum(first - shift, 0), queries) // M * M
@@ -911,7 +910,7 @@ def _shipped(name: str, width: int, dtype: torch.dtype, flags: dict[str, bool]) 
                         matrix=matrix,
                         work=work,
                         targets=chips,
-                    )  # fmt: skip
+                    )
                 )
     return found
 

@@ -28,8 +28,8 @@ SLOT = "config"
 REPLACEMENT = View
 
 _TAKEN = frozenset(
-    "module query key value attention_mask dropout scaling sliding_window softcap is_causal s_aux position_bias "
-    "position_ids cache_position output_attentions use_cache cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k".split()
+    "module query key value attention_mask dropout scaling sliding_window softcap is_causal s_aux position_bias position_ids "  # noqa: SIM905
+    "cache_position output_attentions use_cache cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k".split()
 )
 
 _SUPPORT = ("_supports_sdpa", "_supports_flash_attn")  # what a model says of itself: its masks are not eager's alone
@@ -44,20 +44,20 @@ def find(model: nn.Module, options: DilatedConfig | None = None) -> Iterator[Fou
             hasattr(module, flag) for flag in _SUPPORT
         ):  # a Transformers model; what follows is inside it, or another one
             supported = any(getattr(module, flag, False) for flag in _SUPPORT)
-        if not _asks_for_attention(type(module)):
+        if not _asks_for_attention(_class(module)):
             continue
-        passes = _passes(type(module))
+        passes = _passes(_class(module))
         attentions.append((module, "sliding_window" in passes))
         config = module.__dict__.get(SLOT)
         implementation = getattr(config.previous if isinstance(config, View) else config, "_attn_implementation", None)
-        eager = eager_of(type(module))
+        eager = eager_of(_class(module))
         if implementation not in ("sdpa", "eager"):
             yield Skipped(path, OP, f"its attention implementation is {implementation!r}, not sdpa or eager")
         elif eager is None:
             yield Skipped(path, OP, "it names no eager attention to check against")
         elif not supported:
             yield Skipped(path, OP, "its model supports no attention implementation but eager")
-        elif _changes_mask(type(module)):
+        elif _changes_mask(_class(module)):
             yield Skipped(path, OP, "its forward changes the mask before its attention sees it")
         elif not passes <= _TAKEN:
             yield Skipped(
@@ -67,7 +67,7 @@ def find(model: nn.Module, options: DilatedConfig | None = None) -> Iterator[Fou
             numbers = tuple(sorted((n, v) for n, v in vars(module).items() if isinstance(v, (int, float))))
             yield Found(path, module, SLOT, settings, (eager, implementation, *numbers, bool(options)))
     for path, module in model.named_modules():
-        if path and SLOT in module.__dict__ and _makes_masks(type(module)):
+        if path and SLOT in module.__dict__ and _makes_masks(_class(module)):
             below = [a for a in attentions if any(a[0] is m for m in module.modules())]
             if (
                 below
@@ -82,7 +82,7 @@ def verify(found: Found, dtype: torch.dtype) -> str:
     if found.auxiliary or found.settings.get("dilated"):
         return ""  # masks have no weights to check; dilated attention is another function
     module = found.module
-    eager = eager_of(type(module))
+    eager = eager_of(_class(module))
     assert eager is not None
     device = probing.device_of(module)
     config = module.__dict__[SLOT]
@@ -93,7 +93,7 @@ def verify(found: Found, dtype: torch.dtype) -> str:
     head_dim = head_dim if isinstance(head_dim, int) and head_dim > 0 else 16
     length, window = 9, 4
     options: dict[str, Any] = {"scaling": getattr(module, "scaling", None) or head_dim**-0.5, "dropout": 0.0}
-    passes = _passes(type(module))
+    passes = _passes(_class(module))
     if "softcap" in passes:
         options["softcap"] = getattr(module, "attn_logit_softcapping", None) or getattr(
             config, "attn_logit_softcapping", None
@@ -124,6 +124,10 @@ def verify(found: Found, dtype: torch.dtype) -> str:
         if problem:
             return problem
     return ""
+
+
+def _class(module: nn.Module) -> Any:
+    return type(module)
 
 
 def _code(cls: type) -> tuple[str, ...]:
@@ -176,11 +180,11 @@ def _changes_mask(cls: type) -> bool:
 def _only_ours_take_masks(module: nn.Module) -> bool:
     """False where a module takes an attention mask and neither hands it on nor is ours."""
     for child in module.modules():
-        takes = _takes_mask(type(child))
+        takes = _takes_mask(_class(child))
         if (
             takes
             and not isinstance(child.__dict__.get(SLOT), View)
-            and not any(_takes_mask(type(m)) for m in child.modules() if m is not child)
+            and not any(_takes_mask(_class(m)) for m in child.modules() if m is not child)
         ):
             return False
     return True

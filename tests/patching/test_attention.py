@@ -1,0 +1,283 @@
+import copy
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertModel,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GptOssConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MixtralConfig,
+    Qwen3Config,
+    StaticCache,
+)
+
+import fastllm
+from fastllm import ops
+from fastllm.patching.attention import View, whole_mask
+from tests.patching.models import LLAMA, llama, of, tokens
+
+SIZES = {
+    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+MOE = {"num_local_experts": 2, "num_experts_per_tok": 2}
+LAYERS = {"layer_types": ["sliding_attention", "full_attention"]}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES),
+    "mistral": MistralConfig(**SIZES, sliding_window=5),
+    "qwen3": Qwen3Config(**SIZES),
+    "gemma2": Gemma2Config(**SIZES, sliding_window=5),
+    "gemma3": Gemma3TextConfig(**SIZES, sliding_window=5, **LAYERS),
+    "mixtral": MixtralConfig(**{**SIZES, **MOE}),
+    "gpt_oss": GptOssConfig(**{**SIZES, **MOE}, sliding_window=5, **LAYERS),
+}
+LEFT = torch.ones(3, 20, dtype=torch.long)
+LEFT[0, :4] = 0
+RIGHT = torch.ones(3, 20, dtype=torch.long)
+RIGHT[1, -3:] = 0
+PACKED = torch.tensor([[*range(3), *range(11), 0, *range(5)]]).expand(3, -1)
+INPUTS = {
+    "plain": {},
+    "left padding": {"attention_mask": LEFT},
+    "right padding": {"attention_mask": RIGHT},
+    "packed": {"position_ids": PACKED, "use_cache": False},
+}
+
+
+def pair(name):
+    """A model whose attention is ours, and the eager one."""
+    eager = of(CONFIGS[name]).eval()
+    model = copy.deepcopy(eager)
+    if name not in ("gemma2", "gpt_oss"):
+        model.set_attn_implementation("sdpa")
+    report = fastllm.patch(model, "attention")
+    assert report.counts == {"attention": 2}, str(report)
+    return model, eager
+
+
+def run(model, inputs):
+    ids = tokens(3, 20)
+    real = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+    model.zero_grad()
+    logits = model(ids, **inputs).logits[real]
+    logits.square().mean().backward()
+    return logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_agrees_with_eager_attention_under_every_mask(name):
+    model, eager = pair(name)
+    for what, inputs in INPUTS.items():
+        found, expected = run(model, inputs), run(eager, inputs)
+        torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-5, msg=lambda m: f"{what}: {m}")  # noqa: B023
+        scale = max(g.abs().max() for g in expected[1].values())
+        for parameter, gradient in expected[1].items():
+            assert (found[1][parameter] - gradient).abs().max() <= 1e-4 * scale, f"{what}: {parameter}"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_generates_what_eager_attention_does(name):
+    model, eager = pair(name)
+    ids = tokens(3, 20)
+    options = {"max_new_tokens": 8, "disable_compile": True, "pad_token_id": 0}
+    ways = [
+        {"do_sample": False},
+        {"do_sample": False, "use_cache": False},
+        {"do_sample": False, "cache_implementation": "static"},
+    ]
+    for way in [*ways, {"num_beams": 3, "do_sample": False}, {"do_sample": True}]:
+        for mask in (LEFT, torch.ones_like(LEFT)):
+            found = []
+            for one in (model, eager):
+                torch.manual_seed(0)
+                found.append(one.generate(ids, attention_mask=mask, **options, **way))
+            assert torch.equal(*found), f"{way}, padded: {not mask.all()}"
+    alone = model.generate(ids[:1, 4:], attention_mask=LEFT[:1, 4:], do_sample=False, **options)
+    batched = model.generate(ids, attention_mask=LEFT, do_sample=False, **options)[:1, 4:]
+    length = min(alone.shape[1], batched.shape[1])
+    assert torch.equal(alone[:, :length], batched[:, :length])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_prompt_in_pieces_and_a_static_cache_agree_with_the_whole(name):
+    model, _ = pair(name)
+    ids = tokens(2, 20)
+    with torch.no_grad():
+        expected = model(ids).logits
+        for cache in (None, StaticCache(config=model.config, max_cache_len=32)):
+            first = model(ids[:, :13], past_key_values=cache, use_cache=True)
+            rest = model(ids[:, 13:], past_key_values=first.past_key_values, use_cache=True)
+            torch.testing.assert_close(torch.cat((first.logits, rest.logits), 1), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_masks_are_as_small_as_what_they_say(monkeypatch):
+    seen = []
+    own = ops.attention
+
+    def spy(*args, **kwargs):
+        seen.append(kwargs)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(ops, "attention", spy)
+    model, _ = pair("mistral")
+    seen.clear()
+    for inputs in INPUTS.values():
+        model(tokens(3, 20), **inputs)
+    plain, left, right, packed = seen[::2]
+    assert plain["mask"] is None
+    assert plain["window"] == left["window"] == right["window"] == packed["window"] == 5
+    assert left["mask"].shape == (3, 1, 1, 20)
+    assert packed["cu_seqlens_q"].tolist() == [b + 20 * row for row in range(3) for b in (0, 3, 14, 15)] + [60]
+
+
+def test_only_this_model_is_switched():
+    config = LlamaConfig(**LLAMA)
+    one, other = LlamaForCausalLM(config), LlamaForCausalLM(config)
+    said = config.to_dict()
+    fastllm.patch(one)
+    assert config._attn_implementation == other.model.layers[0].self_attn.config._attn_implementation == "sdpa"
+    assert one.config is config
+    assert config.to_dict() == said
+    assert isinstance(one.model.layers[0].self_attn.config, View)
+    one.config.use_cache = False
+    assert one.model.config.use_cache is False
+    fastllm.unpatch(one)
+    assert one.model.config is one.model.layers[0].self_attn.config is config
+
+
+def test_what_the_kernel_has_not_is_left_to_the_model(monkeypatch):
+    model = llama(attention_dropout=0.5)
+    torch.manual_seed(1)
+    expected = model(tokens()).logits
+    fastllm.patch(model, "attention")
+    torch.manual_seed(1)
+    assert torch.equal(model(tokens()).logits, expected)  # dropout, by the same random numbers
+    torch.testing.assert_close(model.eval()(tokens()).logits, llama().eval()(tokens()).logits)
+
+    model = llama(attn_implementation="eager").eval()
+    fastllm.patch(model, "attention")
+    weights = model(tokens(), output_attentions=True).attentions
+    assert [w.shape for w in weights] == [(2, 4, 16, 16)] * 2
+
+    bias = torch.zeros(2, 1, 16, 16).masked_fill(torch.ones(16, 16).triu(1).bool(), torch.finfo(torch.float32).min)
+    bias[..., 3] -= 1.5
+    expected = llama(attn_implementation="eager").eval()(tokens(), attention_mask=bias).logits
+    torch.testing.assert_close(model(tokens(), attention_mask=bias).logits, expected)
+
+
+def test_an_encoder():
+    torch.manual_seed(0)
+    model = BertModel(
+        BertConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96)
+    ).eval()
+    mask = torch.ones(2, 16, dtype=torch.long)
+    mask[0, 12:] = 0
+    expected = [model(tokens(), attention_mask=m).last_hidden_state for m in (None, mask)]
+    assert fastllm.patch(model, "attention").counts == {"attention": 2}
+    torch.testing.assert_close(model(tokens()).last_hidden_state, expected[0], rtol=1e-4, atol=1e-5)
+    found = model(tokens(), attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(found[mask.bool()], expected[1][mask.bool()], rtol=1e-4, atol=1e-5)
+
+
+def test_compiles_whole():
+    model, eager = pair("llama")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for inputs in ({}, {"attention_mask": LEFT}):
+        real = inputs.get("attention_mask", torch.ones(3, 20)).bool()
+        found, expected = compiled(tokens(3, 20), use_cache=False, **inputs), eager(tokens(3, 20), **inputs)
+        torch.testing.assert_close(found.logits[real], expected.logits[real], rtol=1e-4, atol=1e-5)
+
+
+def test_every_form_of_a_mask_says_what_it_should():
+    q, k = torch.randn(2, 1, 4, 8), torch.randn(2, 1, 6, 8)
+    i, j = torch.arange(4).unsqueeze(1) + 2, torch.arange(6)
+    padding = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]], dtype=torch.bool)
+    assert whole_mask(None, q, k, False, None) is None
+    assert torch.equal(whole_mask(padding.new_empty(2, 0), q, k, True, 3)[0, 0], j <= i)
+    assert torch.equal(whole_mask(padding, q, k, True, 3), (j <= i) & padding[:, None, None])
+    near = (j <= i) & (i - j < 3)
+    assert torch.equal(whole_mask(padding.to(torch.uint8), q, k, True, 3), near & padding[:, None, None])
+    starts = torch.tensor([0, 2, 4, 8], dtype=torch.int32)
+    q = torch.randn(2, 1, 4, 8)
+    expected = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
+    expected[0, 0, :2, :2] = expected[0, 0, 2:, 2:] = torch.ones(2, 2).tril().bool()
+    expected[1, 0] = torch.ones(4, 4).tril().bool()
+    assert torch.equal(whole_mask(starts, q, q, True, None), expected)
+
+
+def dilated(length, segments, rates, heads):
+    """Which keys a query sees in each pattern, from the definition: (patterns, heads, L, L)."""
+    p = torch.arange(length)
+    held = torch.stack([torch.stack([p % w % r == h % r for h in range(heads)]) for w, r in zip(segments, rates)])
+    same = torch.stack([(p.unsqueeze(1) // w == p // w) & (p <= p.unsqueeze(1)) for w in segments])
+    return held.unsqueeze(-1) & held.unsqueeze(-2) & same.unsqueeze(1)
+
+
+def test_dilated_attention_is_its_definition_padded_or_not():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, 30, 16, dtype=torch.double, requires_grad=True) for n in (6, 2, 2))
+    segments, rates = [5, 12, 30], [1, 2, 4]
+    for padding in (None, torch.rand(2, 30) > 0.3):
+        seen = dilated(30, segments, rates, 6)[:, None]
+        seen = seen if padding is None else seen & padding[None, :, None, None]
+        scores = q @ k.repeat_interleave(3, 1).transpose(-1, -2) / 4
+        lses = torch.stack([torch.logsumexp(scores.masked_fill(~s, -torch.inf), -1) for s in seen])
+        outs = [
+            torch.softmax(scores.masked_fill(~s, -torch.inf), -1).nan_to_num() @ v.repeat_interleave(3, 1) for s in seen
+        ]
+        mixing = torch.softmax(lses, 0).nan_to_num()
+        expected = sum(w.unsqueeze(-1) * o for w, o in zip(mixing, outs))
+        found = ops.dilated_attention(q, k, v, segments, rates, key_mask=padding)
+        torch.testing.assert_close(found, expected)
+        single = ops.dilated_attention(q.float(), k.float(), v.float(), segments, rates, key_mask=padding)
+        torch.testing.assert_close(single.double(), expected, rtol=1e-4, atol=1e-5)
+        if padding is None:
+            gradients = [torch.autograd.grad(o.square().sum(), (q, k, v)) for o in (found, expected)]
+            for a, b in zip(*gradients):
+                torch.testing.assert_close(a, b)
+
+
+def test_merging_parts_gives_the_whole():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 9, 16, requires_grad=True) for _ in range(3))
+    whole, lse = ops.attention(q, k, v, causal=False, return_lse=True)
+    parts = [
+        ops.attention(q, k[:, :, a:b], v[:, :, a:b], causal=False, return_lse=True) for a, b in ((0, 4), (4, 4), (4, 9))
+    ]
+    out, merged = ops.merge_attention(*zip(*parts))
+    torch.testing.assert_close(out, whole)
+    torch.testing.assert_close(merged, lse)
+    for a, b in zip(*(torch.autograd.grad(o.square().sum(), (q, k, v)) for o in (out, whole))):
+        torch.testing.assert_close(a, b)
+    blind = ops.merge_attention(torch.full((2, 3, 4), 7.0), torch.full((2, 3), -torch.inf))
+    assert (blind[0] == 0).all()
+    assert (blind[1] == -torch.inf).all()
+    with pytest.raises(ValueError, match="as many"):
+        ops.merge_attention([whole], [lse, lse])
+
+
+def test_a_longnet_trains_and_generates_as_its_whole_forward():
+    model = llama()
+    report = fastllm.patch(model, ops={"attention": fastllm.DilatedConfig([4, 16], [1, 2])})
+    assert report.counts == {"attention": 2}
+    loss = model(tokens(), labels=tokens()).loss
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    model.eval()
+    with torch.no_grad():
+        expected = model(tokens()).logits
+        assert (expected - llama().eval()(tokens()).logits).abs().max() > 1e-3
+        first = model(tokens()[:, :9], use_cache=True)
+        logits = [first.logits]
+        for at in range(9, 16):
+            logits.append(model(tokens()[:, at : at + 1], past_key_values=first.past_key_values, use_cache=True).logits)
+    torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="must pair up"):
+        fastllm.DilatedConfig([4], [1, 2])
+    with pytest.raises(TypeError, match="DilatedConfig"):
+        fastllm.patch(model, ops={"attention": 3})
