@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 SUITES = {
     "kernels": "each op beside PyTorch eager, torch.compile and other libraries",
+    "attention": "attention dense, windowed, packed and dilated, and decoding over a cache",
     "loss": "the losses over a vocabulary, with and without the output head",
     "train": "a training step of a 134 M Llama: unpatched, compiled, patched",
     "demo": "a small Llama trained on real text, unpatched and patched",
@@ -22,7 +23,7 @@ OTHERS = {
 
 def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
-        lines = [f"  {name:<8} {what}" for name, what in (SUITES | OTHERS).items()]
+        lines = [f"  {name:<9} {what}" for name, what in (SUITES | OTHERS).items()]
         print("\n".join(["usage: python -m bench SUITE [-h] [...]", "", *lines]))
         return 0
     suite, *rest = arguments

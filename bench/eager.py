@@ -3,6 +3,9 @@ dtype by dtype, restated so that a benchmark needs torch alone. torch.compile is
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -64,6 +67,66 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tens
 
 def linear_token_logprobs(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return token_logprobs(hidden @ weight.T, target)
+
+
+def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int) -> Tensor:
+    """What a model does about a window: a mask of all pairs."""
+    i, j = torch.arange(q.shape[2], device=q.device).unsqueeze(1), torch.arange(k.shape[2], device=q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=(j <= i) & ((i - j < window) | (j < sinks)))
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
+    """Causal attention of one document after the other."""
+    found = []
+    for a, b in itertools.pairwise(bounds.tolist()):
+        document = (t[a:b].transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+        found.append(F.scaled_dot_product_attention(*document, is_causal=True)[0].transpose(0, 1))
+    return torch.cat(found)
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    """Over full caches."""
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def dilated_attention(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[int], rates: Sequence[int]) -> Tensor:
+    """LongNet from its definition: of each segment the tokens a head keeps, attention among them, a mix by their lse."""
+    batch, heads, length, _ = q.shape
+    outs, lses = [], []
+    for segment, rate in zip(segments, rates):
+        segment = min(segment, length)
+        out = torch.zeros_like(q)
+        lse = torch.full(
+            (batch, heads, length), float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device
+        )
+        for start in range(0, length, segment):
+            for offset in range(min(rate, heads)):
+                kept = (slice(None), slice(offset, None, rate), slice(start + offset, start + segment, rate))
+                scores = q[kept] @ k[kept].transpose(-1, -2) / q.shape[-1] ** 0.5
+                hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+                scores = scores.to(lse.dtype).masked_fill(hidden, float("-inf"))
+                out[kept] = torch.softmax(scores, -1).to(v.dtype) @ v[kept]
+                lse[kept] = torch.logsumexp(scores, -1)
+        outs.append(out)
+        lses.append(lse)
+    shares = torch.softmax(torch.stack(lses), 0).nan_to_num()
+    return sum(o * share.unsqueeze(-1).to(o.dtype) for o, share in zip(outs, shares))  # type: ignore[return-value]
+
+
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, sinks: int = 0) -> Tensor:
+    """Causal attention, 512 queries at a time over the keys that they see."""
+    found = []
+    for start in range(0, q.shape[2], 512):
+        i = torch.arange(start, min(start + 512, q.shape[2]), device=q.device)
+        j = torch.arange(int(i[-1]) + 1, device=q.device)
+        if window is not None:
+            j = j[(j < sinks) | (j > start - window)]
+        scores = q[:, :, i] @ k[:, :, j].transpose(-1, -2) / q.shape[-1] ** 0.5
+        hidden = j > i.unsqueeze(1)
+        if window is not None:
+            hidden = hidden | ((i.unsqueeze(1) - j >= window) & (j >= sinks))
+        found.append(torch.softmax(scores.masked_fill(hidden, float("-inf")), -1) @ v[:, :, j])
+    return torch.cat(found, 2)
 
 
 def exact_rms_norm(x: Tensor, weight: Tensor, *_: Tensor) -> Tensor:
