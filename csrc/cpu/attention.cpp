@@ -312,7 +312,7 @@ struct Forward {
 // and values. Keys are split among items, whose sums are joined afterwards.
 template <class T>
 struct Few {
-  static constexpr int64_t block = 64, together = 4;  // keys at a time; queries whose sums share the registers
+  static constexpr int64_t block = 128, together = 4;  // keys at a time; queries whose sums share the registers
   const Attention& p;
   int64_t key_width, width, row_size;
   float *queries, *scores;
@@ -353,6 +353,11 @@ struct Few {
     const int64_t group = p.heads / p.kv_heads, count = j_end - j, lanes = round_up(count, Vec::W);
     const T* k = token_of<T>(p.k, p.k_step, s.batch, kv_head, s.first_key + j);
     const T* v = token_of<T>(p.v, p.v_step, s.batch, kv_head, s.first_key + j);
+    // The rows after these are asked for while these are worked on: the processor's own prefetching stops at every page.
+    for (int64_t n = 0; n < count; ++n) {
+      prefetch(k + (block + n) * p.k_step.token, p.channels);
+      prefetch(v + (block + n) * p.v_step.token, p.value_channels);
+    }
     in_groups(rows, [&](int64_t r, auto many) { dots<many()>(k, count, queries + r * key_width, scores + r * block); });
     for (int64_t r = 0; r < rows; ++r) {
       float *x = scores + r * block, *row = joined + r * row_size;
@@ -360,6 +365,10 @@ struct Few {
              row[width + 1]);
     }
     in_groups(rows, [&](int64_t r, auto many) { add<many()>(v, count, scores + r * block, joined + r * row_size); });
+  }
+
+  static void prefetch(const T* row, int64_t count) {
+    for (int64_t c = 0; c < count; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + c);
   }
 
   template <class F>
