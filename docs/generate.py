@@ -53,6 +53,8 @@ def page(name: str) -> str:
     parts = [f"# {name}", f"```python\n{signature(name)}\n```", text]
     for title, body in sections.items():
         parts.append(f"## {HEADINGS[title]}\n\n{body}")
+    if name in _op.COMPOSED:
+        return "\n\n".join([*parts, f"## Backends\n\nMade of {_op.COMPOSED[name]}."]) + "\n"
     op = _op.PUBLIC[name]
     source = Path(inspect.getsourcefile(op.definition) or "").relative_to(ROOT).as_posix()
     parts.append(
@@ -114,6 +116,8 @@ def signature(name: str) -> str:
 
 def kernels(name: str) -> dict[str, str]:
     """backend -> where its kernel is, by what the sources hold, not by what this machine could build."""
+    if name in _op.COMPOSED:
+        return {"composed": _op.COMPOSED[name]}
     op = _op.PUBLIC[name]
     found = {"torch": "the definition below"}
     for backend, folder in (("cpp", "cpu"), ("cuda", "cuda")):

@@ -137,8 +137,11 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     """
     from fastllm.ops import _op  # the registry of ops sits above this module; looked up only when a person asks
 
+    if op in _op.COMPOSED:
+        return f"{op}: {_op.COMPOSED[op]}"
     if op not in _op.PUBLIC:
-        raise ValueError(f"op must be one of {', '.join(sorted(_op.PUBLIC))}, got {op!r}")
+        known = sorted(_op.PUBLIC | _op.COMPOSED)
+        raise ValueError(f"op must be one of {', '.join(known)}, got {op!r}")
     tensor = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
     if tensor is None:
         raise TypeError(f"explain({op!r}, ...) needs the tensors the op would be called with")

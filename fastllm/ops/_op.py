@@ -26,6 +26,7 @@ from fastllm.kernels import cpp, triton
 
 LIBRARY = torch.library.Library("fastllm", "DEF")
 PUBLIC: dict[str, Op] = {}  # public op name -> the Op that does its work, for backends.explain
+COMPOSED: dict[str, str] = {}  # public op name -> what it is made of, where that is no Op of its own
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastllm.ops._attention import check_qkv, check_scores
+from fastllm.ops._op import COMPOSED
 from fastllm.ops.attention import attention
 from fastllm.ops.merge_attention import merge_attention
 
@@ -147,3 +148,6 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, causal: bool, 
         mask = real.transpose(1, 2).expand(batch, count, -1, -1).flatten(0, 1).unsqueeze(2)
     out, lse = attention(q, k, v, causal=causal, scale=scale, mask=mask, return_lse=True)
     return (t.unflatten(0, (batch, count)).transpose(1, 2) for t in (out, lse))  # type: ignore[return-value]
+
+
+COMPOSED["dilated_attention"] = "attention within segments, whatever backend serves it, and merge_attention"

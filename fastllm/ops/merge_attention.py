@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastllm.ops import _check
+from fastllm.ops._op import COMPOSED
 
 
 def merge_attention(outs: Tensor | Sequence[Tensor], lses: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -53,3 +54,6 @@ def merge_attention(outs: Tensor | Sequence[Tensor], lses: Tensor | Sequence[Ten
     for out, share in zip(outs[1:], shares[1:]):
         mixed = mixed + out.to(wide) * share
     return mixed.to(first.dtype), (total.log() + shift).masked_fill(blind, float("-inf"))
+
+
+COMPOSED["merge_attention"] = "operations of PyTorch, wherever its tensors are"
