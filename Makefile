@@ -8,7 +8,7 @@ PY := .venv/bin/python
 # Twice quiet: pip prints errors only, not a warning per package index that lacks a package.
 PIP := $(PY) -m pip --disable-pip-version-check --quiet --quiet
 
-.PHONY: help install demo test lint static bench sweep docs clean
+.PHONY: help install demo test lint static bench gpu sweep docs clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -33,6 +33,9 @@ static: install ## compile every GPU kernel for every chip and say what is wrong
 
 bench: install ## each op beside its peers, with the bandwidth limit of this machine
 	@$(PY) -m bench $(or $(ARGS),kernels)
+
+gpu: ## on a machine with a GPU, its own torch and nvcc: build, test, time, by `python3` or PYTHON=..., within 9 minutes
+	@$(or $(PYTHON),python3) -m bench gpu $(ARGS)
 
 sweep: install ## patch every causal-LM family of the installed transformers and compare it with the unpatched model
 	@$(PY) -m fastllm.patching.sweep --markdown docs/families.md --least 130 $(ARGS)

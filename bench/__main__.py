@@ -16,6 +16,8 @@ SUITES = {
     "static": "what the compilers make of every GPU kernel, without a GPU",
 }
 OTHERS = {
+    "gpu": "all of it on a machine with a GPU, in minutes: build, tests, suites, tiles",
+    "tiles": "other tiles for the attention kernels, timed on this GPU",
     "compare": "two --json files of a suite: what became slower, by the ratio to its peers",
     "report": "docs/benchmarks.md from bench/results",
 }
