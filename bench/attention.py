@@ -34,7 +34,7 @@ def _cache(batch: int, heads: int, kv_heads: int, length: int, width: int) -> Ca
 
 def _packed(dtype: torch.dtype) -> tuple[Tensor, ...]:
     bounds = torch.tensor([0, *DOCUMENTS]).cumsum(0).int()
-    return (*(torch.randn(int(bounds[-1]), 12, 64).to(dtype) for _ in range(3)), bounds)
+    return (*(torch.randn(sum(DOCUMENTS), 12, 64).to(dtype) for _ in range(3)), bounds)
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
