@@ -48,7 +48,7 @@ constexpr int64_t backward_key_block = 96, backward_query_block = 192;
 
 // The keys that query i sees: [0, sinks_end) and [lo, hi).
 struct Visible { int64_t sinks_end, lo, hi; };
-inline Visible visible(const Attention& p, const AttentionSequence& s, int64_t i) {
+static inline Visible visible(const Attention& p, const AttentionSequence& s, int64_t i) {
   const int64_t position = i + s.keys - s.queries;
   const int64_t hi = p.causal ? std::clamp<int64_t>(position + 1, 0, s.keys) : s.keys;
   const int64_t lo = p.window ? std::clamp<int64_t>(position - p.window + 1, 0, hi) : 0;
@@ -57,10 +57,10 @@ inline Visible visible(const Attention& p, const AttentionSequence& s, int64_t i
 
 // Up to how many queries (of all heads that share a key head) it is faster to read keys where they lie than to pack them;
 // packed, pairs of bf16 are multiplied at once.
-inline int64_t few_queries(Dtype dtype) { return dtype == Dtype::bf16 ? 11 : 28; }
+static inline int64_t few_queries(Dtype dtype) { return dtype == Dtype::bf16 ? 11 : 28; }
 
 // Floats that hold the sums of one query, its running maximum and its total.
-inline int64_t attention_row_size(int64_t value_channels) { return (value_channels + 15) / 16 * 16 + 16; }
+static inline int64_t attention_row_size(int64_t value_channels) { return (value_channels + 15) / 16 * 16 + 16; }
 
 }  // namespace fastllm
 

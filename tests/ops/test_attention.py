@@ -88,6 +88,9 @@ def check(q, k, v, dtype, backend, device="cpu", sink_logits=None, alibi_slopes=
         to_lse = torch.randn(lse.shape, generator=generator, dtype=torch.float64).to(lse) * lse.isfinite()
         if of_rounded is not None:
             lost = ((of_rounded - out.detach()) * to_out).sum(-1)
+            lost = lost + torch.finfo(torch.float32).eps * (of_rounded * to_out).abs().sum(
+                -1
+            )  # of the sum itself, in fp32
             to_lse = to_lse - (lost.transpose(0, 1) if lost.dim() == 2 else lost)
             row = 1 + 2 * torch.finfo(torch.float32).eps * lse.detach().abs().nan_to_num(0, 0, 0)
             to_out, to_lse = to_out * (row.transpose(0, 1) if lost.dim() == 2 else row).unsqueeze(-1), to_lse * row

@@ -906,7 +906,7 @@ def _shipped(name: str, width: int, dtype: torch.dtype, flags: dict[str, bool]) 
                         {**fixed, "M": tiles.m, "N": tiles.n},
                         num_warps=tiles.num_warps,
                         num_stages=tiles.num_stages,
-                        label=f"attention {part}, {label}",
+                        label=f"attention {part}, {label} ({'/'.join(chips)})",
                         matrix=matrix,
                         work=work,
                         targets=chips,
