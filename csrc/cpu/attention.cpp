@@ -562,7 +562,7 @@ struct Backward {
     const void* k = operand(key_rows, p.k_step.token, count, p.channels, k_rows, &k_unit_step);
     const void* v = operand(value_rows, p.v_step.token, count, p.value_channels, v_rows, &v_unit_step);
     along(key_rows, p.k_step.token, count, round_up(count, per_unit), p.channels, k_along, k_panel);
-    const bool plain = p.softcap == 0.f && !p.slopes;
+    const bool plain = p.softcap == 0.f && !p.slopes && p.scale > 0.f;  // a hidden score is -inf before it is scaled
     bent_slope = p.slopes ? p.slopes[head] : 0.f;
     for (int64_t i = round_down(from, panel); i < to; i += Bq) {
       bent_from = float(i + s.keys - s.queries - j);

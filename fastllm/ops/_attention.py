@@ -43,8 +43,9 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, rank: int) -> tuple[Tensor, Tenso
         if t.dim() != rank:
             raise ValueError(f"{name} must have shape {layout}, got {tuple(t.shape)}")
         _check.same_device(name, t, "q", q)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
+    device = q.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
@@ -123,7 +124,7 @@ def attend(
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
     group = q.shape[-3] // k.shape[-3]
-    k, v = (t.repeat_interleave(group, -3) if group > 1 else t for t in (k, v))
+    k, v = (t.repeat_interleave(group, -3) if group != 1 else t for t in (k, v))
     scores = q @ k.transpose(-1, -2) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)

@@ -170,7 +170,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
         delta = (grad_out.float() * out.float()).sum(-1)
         delta = delta.t() if q.dim() == 3 else delta
         delta = -delta if grad_lse is None else grad_lse - delta
-        share = torch.exp(sink_logits.float().unsqueeze(-1) - lse)
+        share = torch.exp(sink_logits.float().unsqueeze(-1) - lse).masked_fill(lse == float("-inf"), 0.0)
         grad_sinks = (share * delta).movedim(-2, 0).flatten(1).sum(1).to(sink_logits.dtype)
     return grad_q, grad_k, grad_v, grad_sinks, None, *none
 

@@ -262,6 +262,29 @@ def test_nan_in_a_key_reaches_only_the_blocks_that_see_it(backend, device):
 
 
 @each_backend
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_a_scale_that_is_not_positive(scale, backend, device):
+    check(*tensors(1, 2, 1, 40, 50, 16, 16), torch.float32, backend, device, scale=scale, window=9)
+
+
+@each_backend
+def test_a_sink_of_no_weight_and_no_key_in_sight(backend, device):
+    q, k, v = tensors(1, 2, 2, 4, 2, 8, 8)  # causal: the first two queries stand before the first key
+    sinks = torch.tensor([-INFINITY, 0.5])
+    with fastllm.use_backend(backend):
+        leaves = [t.to(device).requires_grad_() for t in (q, k, v, sinks)]
+        found = torch.autograd.grad(attention(*leaves[:3], sink_logits=leaves[3]).sum(), leaves)
+    assert all(g.isfinite().all() for g in found)
+    assert found[3][0] == 0
+
+
+def test_shapes_alone():
+    q, k, v = (t.to("meta") for t in tensors(2, 4, 2, 5, 7, 16, 8))
+    assert attention(q, k, v).shape == (2, 4, 5, 8)
+    assert attention(*(t[:, :n] for t, n in zip(tensors(1, 2, 2, 3, 3, 8, 8), (0, 2, 2)))).shape == (1, 0, 3, 8)
+
+
+@each_backend
 @pytest.mark.parametrize("shape", [(0, 2, 2, 3, 3), (1, 2, 2, 0, 3), (2, 2, 1, 3, 0), (1, 2, 2, 0, 0)])
 def test_zero_sizes(shape, backend, device):
     check(*tensors(*shape, 16, 8), torch.float32, backend, device)
