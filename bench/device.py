@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import gc
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -59,16 +60,30 @@ class Cpu:
         run()
         return time.perf_counter() - begin
 
-    def peak_extra(self, run: Callable[[], Any]) -> int | None:
-        """Bytes of memory that `run` needs at its peak beyond what is in use before it, its results included: the
-        growth of the process's resident set, as Linux keeps its high-water mark. None on other systems."""
-        before = reset_peak()
-        if before is None:
+    def memory(self) -> int:
+        """Bytes of memory there are."""
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    def reset_peak(self) -> int | None:
+        """Hands freed memory back to the system, begins a new high-water mark and returns the bytes now held: the
+        process's resident set, as Linux counts it. None on other systems."""
+        gc.collect()
+        if (path := ctypes.util.find_library("c")) and hasattr(library := ctypes.CDLL(path), "malloc_trim"):
+            library.malloc_trim(0)
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            return _status("VmRSS")
+        except OSError:
             return None
-        result = run()
-        peak = peak_resident()
-        del result
-        return max(0, peak - before)
+
+    def peak(self) -> int:
+        """The most bytes held since reset_peak."""
+        return _status("VmHWM")
+
+    def peak_extra(self, run: Callable[[], Any]) -> int | None:
+        """Bytes of memory that `run` needs at its peak beyond what is in use before it, its results included. None
+        where the system does not tell."""
+        return _peak_extra(self, run)
 
 
 def _second_level_cache() -> int:
@@ -106,17 +121,22 @@ class Cuda:
         torch.cuda.synchronize()
         return begin.elapsed_time(end) / 1e3
 
-    def peak_extra(self, run: Callable[[], Any]) -> int | None:
+    def memory(self) -> int:
+        return torch.cuda.get_device_properties().total_memory
+
+    def reset_peak(self) -> int | None:
         """As on the CPU, by the count of torch's allocator."""
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = run()
+        return torch.cuda.memory_allocated()
+
+    def peak(self) -> int:
         torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated()
-        del result
-        return peak - before
+        return torch.cuda.max_memory_allocated()
+
+    def peak_extra(self, run: Callable[[], Any]) -> int | None:
+        return _peak_extra(self, run)
 
 
 def _driver() -> str | None:
@@ -128,21 +148,14 @@ def _driver() -> str | None:
     return found[0] if found else None
 
 
-def reset_peak() -> int | None:
-    """Hands freed memory back to the system, sets the high-water mark back and returns the resident set's bytes."""
-    gc.collect()
-    if (path := ctypes.util.find_library("c")) and hasattr(library := ctypes.CDLL(path), "malloc_trim"):
-        library.malloc_trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return _status("VmRSS")
-    except OSError:
+def _peak_extra(device: Cpu | Cuda, run: Callable[[], Any]) -> int | None:
+    before = device.reset_peak()
+    if before is None:
         return None
-
-
-def peak_resident() -> int:
-    """The high-water mark of the resident set since reset_peak, in bytes."""
-    return _status("VmHWM")
+    result = run()
+    peak = device.peak()
+    del result
+    return max(0, peak - before)
 
 
 def _status(key: str) -> int:

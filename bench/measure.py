@@ -188,9 +188,14 @@ def _probes(dtype: torch.dtype, matmul: bool, device: Cpu | Cuda) -> dict[str, C
     source, target = (torch.ones(device.copied_bytes // 4, device=device.name) for _ in range(2))
     probes: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(source)}
     if matmul:
-        a, b, c = (torch.randn(2 * (device.matmul_size,), device=device.name).to(dtype) for _ in range(3))
-        probes["matmul"] = lambda: torch.mm(a, b, out=c)
+        probes["matmul"] = matmul_probe(dtype, device)
     return probes
+
+
+def matmul_probe(dtype: torch.dtype, device: Cpu | Cuda) -> Callable[[], Any]:
+    """One product of 2 * device.matmul_size**3 operations."""
+    a, b, c = (torch.randn(2 * (device.matmul_size,), device=device.name).to(dtype) for _ in range(3))
+    return lambda: torch.mm(a, b, out=c)
 
 
 def bound(function: Callable[..., Any], sets: Sequence[Any]) -> Callable[[], Any]:

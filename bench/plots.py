@@ -53,7 +53,10 @@ def figures(record: Record) -> dict[str, Figure]:
         if isinstance(record, dict):
             return {"curves": curves(record["runs"])}
         if "contestant" in record[0]:
-            return {"steps": steps(record)}
+            of_case: dict[bool, list[Row]] = {}
+            for row in record:
+                of_case.setdefault(row["checkpointing"], []).append(row)
+            return {f"steps{'-checkpointing' * repeated}": steps(rows) for repeated, rows in of_case.items()}
         made = {"limit": limits(record)}
         timed = [row for row in record if "median_ms" in by_name(row).get("fastllm", {})]
         for which, short_name in PASSES.items():

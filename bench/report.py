@@ -142,7 +142,7 @@ def _suite(file: Path, record: list[Row]) -> list[str]:
     dates = sorted({row["machine"]["date"][:10] for row in rows})
     parts = [f"### {file.stem}"]
     parts += [f"{sentence}; `{command}`." for sentence, command in where]
-    parts.append(f"{' and '.join(map(str, runs))} runs of each contestant in turn, {' and '.join(dates)}.{few}")
+    parts.append(f"{' and '.join(map(str, runs))} runs of each contestant, {' and '.join(dates)}.{few}")
     parts.append(_training(record) if "contestant" in record[0] else _cases(rows))
     missing = dict.fromkeys(
         f"{f['name']}: {f['missing']}" for row in rows for f in row["contestants"] if "missing" in f
@@ -153,6 +153,7 @@ def _suite(file: Path, record: list[Row]) -> list[str]:
         "limit": "share of the machine's limit",
         "length": "time by length",
         "steps": "time and memory of a step",
+        "steps-checkpointing": "time and memory of a step with checkpointing",
     }
     parts += [
         _picture(file, name, captions.get(name, "time of the peers over fastllm's")) for name in plots.figures(record)
@@ -201,7 +202,16 @@ def _cases(rows: Sequence[Row]) -> str:
 
 
 def _training(rows: Sequence[Row]) -> str:
+    cases: dict[str, list[Row]] = {}
+    for row in rows:
+        cases.setdefault(row["case"], []).append(row)
+    return "\n\n".join(_steps(case, of_case) for case, of_case in cases.items())
+
+
+def _steps(case: str, rows: Sequence[Row]) -> str:
     base, made = rows[0], []
+    headings = ["", "step s", "quartiles s", "speed", "tokens/s", "trainable/s", "TFLOPS", "MFU", "HFU", "of matmul"]
+    headings += ["step peak MB", "run peak MB", "loss differs by", "first s"]
     for row in rows:
         memory = [
             f"{megabytes(row[key])} ({ratio(row[key] / base[key])})" if row.get(key) and base.get(key) else "–"
@@ -212,25 +222,22 @@ def _training(rows: Sequence[Row]) -> str:
                 row["contestant"],
                 f"{row['median_s']:.2f}",
                 "{:.2f}–{:.2f}".format(*row["quartile_s"]),
-                f"{row['tokens_per_s']:.0f}",
                 ratio(base["median_s"] / row["median_s"]),
+                f"{row['tokens_per_s']:.0f}",
+                f"{row['trainable_tokens_per_s']:.0f}",
+                f"{row['tflops']:.3g}",
+                *("–" if row[key] is None else f"{row[key]:.1%}" for key in ("mfu", "hfu")),
+                f"{row['of_matmul']:.0%}",
                 *memory,
                 f"{row['largest_loss_difference']:.1e}",
                 f"{row['first_s']:.1f}",
             ]
         )
-    headings = [
-        "",
-        "step s",
-        "quartiles s",
-        "tokens/s",
-        "speed",
-        "step peak MB",
-        "run peak MB",
-        "loss differs by",
-        "first s",
-    ]
-    return f"{base['case']}\n\n{_markdown(headings, made)}"
+    told = (
+        f"{case}: forward with labels, backward, {base['optimizer']}. TFLOPS: model FLOPs, causal; MFU and HFU: share of the "
+        "device's published peak, where there is one; of matmul: TFLOPS over those of a large matrix product in the same run."
+    )
+    return f"{told}\n\n{_markdown(headings, made)}"
 
 
 def _picture(file: Path, name: str, caption: str) -> str:

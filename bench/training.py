@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.device import peak_resident, reset_peak
+from bench.device import Cpu, Cuda
+from fastllm.train import step_flops
 
 KINDS = ("unpatched", "torch.compile", "patched")
 
@@ -28,7 +29,7 @@ class Step:
 
 class Trainer:
     """A Llama from Transformers with random weights, and its training step: forward pass with labels, backward pass,
-    optimizer step, gradients released. Everything random follows from `seed`."""
+    optimizer step, gradients released. Everything random follows from `seed`. Batches are full rows, without padding."""
 
     def __init__(
         self,
@@ -39,15 +40,22 @@ class Trainer:
         optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
         rate: Callable[[int], float],
         seed: int = 0,
+        checkpointing: bool = False,
+        device: Cpu | Cuda | None = None,
     ) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         import fastllm
 
+        self.device = device or Cpu()
         torch.manual_seed(seed)
-        self.model = LlamaForCausalLM(LlamaConfig(attn_implementation="sdpa", use_cache=False, **config)).to(dtype)
+        whole = LlamaConfig(attn_implementation="sdpa", use_cache=False, **config)
+        with torch.device(self.device.name):
+            self.model = LlamaForCausalLM(whole).to(dtype)
         self.model.train()
-        self.built = reset_peak()  # ahead of patching and compiling, so that what they need counts
+        if checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.built = self.device.reset_peak()  # ahead of patching and compiling, so that what they need counts
         self.peak = 0
         self.report = str(fastllm.patch(self.model)) if kind == "patched" else ""
         if kind == "torch.compile":
@@ -57,7 +65,13 @@ class Trainer:
         self.step = 0
 
     def describe(self) -> dict[str, Any]:
+        rows, length = self.batch(0).shape
+        flops = step_flops(self.model, [length] * rows)
         return {
+            "tokens": rows * length,
+            "trainable_tokens": rows * (length - 1),  # of a row's first token nothing is predicted
+            "flops": flops.model,
+            "hardware_flops": flops.hardware,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "report": self.report,
             "peak_over_built": self._peak_over_built(),
@@ -68,7 +82,7 @@ class Trainer:
         measured_step it counts what is kept from one step to the next, and preparations."""
         if self.built is None:
             return None
-        self.peak = max(self.peak, peak_resident())
+        self.peak = max(self.peak, self.device.peak())
         return self.peak - self.built
 
     def steps(self, count: int) -> list[Step]:
@@ -76,22 +90,22 @@ class Trainer:
         return [self._one() for _ in range(count)]
 
     def measured_step(self) -> int | None:
-        """One more step, for its memory: bytes of weights and optimizer state, and the growth of the resident set above
-        what the process holds between steps. None where the system does not tell."""
+        """One more step, for its memory: bytes of weights and optimizer state, and the growth above what the process holds
+        between steps. None where the system does not tell."""
         self._peak_over_built()  # which the reset would lose
-        before = reset_peak()
+        before = self.device.reset_peak()
         self._one()
         if before is None:
             return None
         kept = [p for p in self.model.parameters()]
         kept += [v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
-        return peak_resident() - before + sum(t.nbytes for t in kept)
+        return self.device.peak() - before + sum(t.nbytes for t in kept)
 
     def held_out_loss(self, first: int, count: int) -> float:
         """Mean loss over batches `first` to `first + count`, without training."""
         self.model.eval()
         with torch.no_grad():
-            losses = [self._loss(self.batch(n)).item() for n in range(first, first + count)]
+            losses = [self._loss(self.batch(n).to(self.device.name)).item() for n in range(first, first + count)]
         self.model.train()
         return sum(losses) / count
 
@@ -99,14 +113,16 @@ class Trainer:
         return self.model(input_ids=tokens, labels=tokens).loss
 
     def _one(self) -> Step:
-        tokens = self.batch(self.step)
+        tokens = self.batch(self.step).to(self.device.name)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(self.step)
+        self.device.wait()
         begin = time.perf_counter()
         loss = self._loss(tokens)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.device.wait()
         seconds = time.perf_counter() - begin
         self.step += 1
         return Step(loss.item(), seconds)

@@ -26,11 +26,11 @@ struct Attention {
   bool causal;
   int64_t window, sinks;  // window 0: none
   const float *sink_logits, *slopes;
-  const bool* mask;  // null: none
+  const uint8_t* mask;  // null: none; visible where not 0
   int64_t mask_step[4];
   void* out;
   Strides out_step;
-  float* lse;
+  float *lse, *rest;  // of each softmax the logarithm of its denominator, and what rounding that to fp32 lost
   int64_t lse_batch, lse_head;
   // backward
   const void* grad_out;
@@ -68,7 +68,7 @@ static inline int64_t attention_row_size(int64_t value_channels) { return (value
 namespace fastllm {
 namespace FASTLLM_ISA {
 
-constexpr float log2_e = 1.44269504088896341f, ln_2 = 0.693147180559945309f;
+constexpr float log2_e = 1.44269504088896341f;
 constexpr float infinity = std::numeric_limits<float>::infinity();
 
 // Hands out pieces of one buffer, each on a cache line of its own; with a null buffer it only counts.
@@ -112,7 +112,7 @@ static const void* operand(const T* rows, int64_t step, int64_t count, int64_t c
   return room;
 }
 
-static const bool* mask_row(const Attention& p, const AttentionSequence& s, int64_t head, int64_t i) {
+static const uint8_t* mask_row(const Attention& p, const AttentionSequence& s, int64_t head, int64_t i) {
   return p.mask + s.batch * p.mask_step[0] + head * p.mask_step[1] + i * p.mask_step[2];
 }
 
@@ -122,9 +122,11 @@ static bool masked(const Attention& p, const AttentionSequence& s, int64_t head,
   if (!p.mask) return false;
   if (p.mask_step[2] == 0) i_end = i + 1;
   for (; i < i_end; ++i) {
-    const bool* row = mask_row(p, s, head, i);
+    const uint8_t* row = mask_row(p, s, head, i);
     if (p.mask_step[3] == 1) {
-      if (std::memchr(row + j, 1, size_t(j_end - j))) return false;
+      uint8_t any = 0;
+      for (int64_t c = j; c < j_end; ++c) any |= row[c];
+      if (any) return false;
     } else {
       for (int64_t c = j; c < (p.mask_step[3] ? j_end : j + 1); ++c) {
         if (row[c * p.mask_step[3]]) return false;
@@ -135,7 +137,7 @@ static bool masked(const Attention& p, const AttentionSequence& s, int64_t head,
 }
 
 // x[c] = -inf where seen[c * step] is false.
-static void hide_by_mask(float* x, const bool* seen, int64_t step, int64_t count) {
+static void hide_by_mask(float* x, const uint8_t* seen, int64_t step, int64_t count) {
   if (step == 0) {
     if (count > 0 && !seen[0]) fill(x, 0, count, -infinity);
   } else if (step == 1) {
@@ -149,11 +151,15 @@ static void hide_by_mask(float* x, const bool* seen, int64_t step, int64_t count
 
 // ---- scores to what the softmax sees ---------------------------------------------------------------------------
 
-// In units of log 2: score = softcap and slope applied, all times log2(e).
+// Whether scores are no more than products times a positive scale: then the softmax takes them as products, and a hidden
+// one is -inf before it is scaled. If not, they are bent first.
+static inline bool plain(const Attention& p) { return p.softcap == 0.f && !p.slopes && p.scale > 0.f; }
+
+// Products to scores: scaled, soft-capped, biased.
 static inline Vec bend(Vec s, const Attention& p, float slope, Vec distance) {
   s = s * Vec(p.scale);
   if (p.softcap != 0.f) s = Vec(p.softcap) * tanh(s * Vec(1.f / p.softcap));
-  return fma(Vec(slope), distance, s) * Vec(log2_e);
+  return fma(Vec(slope), distance, s);
 }
 static inline Vec ramp() {
   float lanes[Vec::W];
@@ -161,15 +167,16 @@ static inline Vec ramp() {
   return Vec::load(lanes);
 }
 
-// Scores x of query i and keys [j, j_end) to weights; its running maximum and total, and the scale of what is summed already.
+// Products x of query i and keys [j, j_end) to weights; its running maximum (of what the softmax takes) and total, and the
+// scale of what is summed already. The maximum is subtracted before anything is scaled: the largest weight is 1 exactly,
+// however large the scores.
 template <class W>
 static void soften(const Attention& p, const AttentionSequence& s, int64_t head, int64_t i, int64_t j, int64_t j_end,
                    int64_t lanes, bool started, float* x, W* weight, float* sum, int64_t width, float& top, float& total) {
   const Visible seen = visible(p, s, i);
-  const float slope = p.slopes ? p.slopes[head] : 0.f;
-  float factor = p.scale * log2_e;
-  if (p.softcap != 0.f || slope != 0.f || !(p.scale > 0.f)) {
-    factor = 1.f;
+  const float factor = plain(p) ? p.scale * log2_e : log2_e;
+  if (!plain(p)) {
+    const float slope = p.slopes ? p.slopes[head] : 0.f;
     const Vec lane = ramp();
     for (int64_t c = 0; c < lanes; c += Vec::W) {
       const Vec distance = lane + Vec(float(j + c - (i + s.keys - s.queries)));
@@ -183,16 +190,16 @@ static void soften(const Attention& p, const AttentionSequence& s, int64_t head,
   if (p.mask) hide_by_mask(x, mask_row(p, s, head, i) + j * p.mask_step[3], p.mask_step[3], j_end - j);
   Vec most(-infinity);
   for (int64_t c = 0; c < lanes; c += Vec::W) most = max(Vec::load(x + c), most);
-  const float before = top, now = std::max(before, most.largest() * factor);
+  const float before = top, now = std::max(before, most.largest());
   const float shift = now == -infinity ? 0.f : now;
   Vec added(0.f);
   for (int64_t c = 0; c < lanes; c += Vec::W) {
-    const Vec e = exp2(fma(Vec::load(x + c), Vec(factor), Vec(-shift)));
+    const Vec e = exp2((Vec::load(x + c) - Vec(shift)) * Vec(factor));
     added += e;
     e.store(weight + c);
   }
   if (started && now != before) {
-    const float shrink = before == -infinity ? 0.f : std::exp2(before - now);
+    const float shrink = before == -infinity ? 0.f : std::exp2((before - now) * factor);
     total *= shrink;
     for (int64_t c = 0; c < width; c += Vec::W) (Vec::load(sum + c) * Vec(shrink)).store(sum + c);
   }
@@ -202,26 +209,27 @@ static void soften(const Attention& p, const AttentionSequence& s, int64_t head,
 
 // One query's sums to its output and lse. started: whether it has sums.
 template <class T>
-static void finish(const Attention& p, const AttentionSequence& s, int64_t head, int64_t i, float most, float all,
+static void finish(const Attention& p, const AttentionSequence& s, int64_t head, int64_t i, float top, float total,
                    const float* sum, bool started) {
-  float share = 1.f;
+  double most = plain(p) ? double(top) * p.scale : top, all = total, kept = 1.;
   if (p.sink_logits) {
-    const float sink = p.sink_logits[head] * log2_e, before = most;
+    const double sink = p.sink_logits[head], before = most;
     most = std::max(most, sink);
     if (most != -infinity) {
-      share = before == -infinity ? 0.f : std::exp2(before - most);
-      all = all * share + std::exp2(sink - most);
+      kept = before == -infinity ? 0. : std::exp(before - most);
+      all = all * kept + std::exp(sink - most);
     }
   }
-  const bool blind = most == -infinity && all == 0.f;
-  if (blind || !started) share = 0.f;
-  else share /= all;
+  const bool blind = most == -infinity && all == 0.;
+  const float share = blind || !started ? 0.f : float(kept / all);
   T* out = token_of<T>(p.out, p.out_step, s.batch, head, s.first_query + i);
   for_each_vector(p.value_channels, [&](int64_t c, int lanes) {
     store(out + c, share == 0.f ? Vec(0.f) : Vec::load(sum + c) * Vec(share), lanes);
   });
-  float* lse = p.lse + s.batch * p.lse_batch + head * p.lse_head + s.first_query + i;
-  *lse = blind ? -infinity : most * ln_2 + std::log(all);
+  const int64_t at = s.batch * p.lse_batch + head * p.lse_head + s.first_query + i;
+  const double lse = blind ? -infinity : most + std::log(all);
+  p.lse[at] = float(lse);
+  if (p.rest) p.rest[at] = blind ? 0.f : float(lse - double(float(lse)));
 }
 
 // ---- forward ---------------------------------------------------------------------------------------------------
@@ -424,12 +432,14 @@ struct Few {
   // Joins the sums of a sequence's items, `apart` floats from each other, in order.
   void join(const AttentionSequence& s, int64_t kv_head, float* joined, int64_t parts, int64_t apart) {
     const int64_t group = p.heads / p.kv_heads;
+    const float factor = plain(p) ? p.scale * log2_e : log2_e;
     for (int64_t r = 0; r < group * s.queries; ++r) {
       float *row = joined + r * row_size, most = -infinity, total = 0.f;
       for (int64_t n = 0; n < parts; ++n) most = std::max(row[n * apart + width], most);
       for (int64_t n = 0; n < parts; ++n) {
         float* part = row + n * apart;
-        const float share = part[width] == -infinity && part[width + 1] == 0.f ? 0.f : std::exp2(part[width] - most);
+        const float share =
+            part[width] == -infinity && part[width + 1] == 0.f ? 0.f : std::exp2((part[width] - most) * factor);
         total += part[width + 1] * share;
         for (int64_t c = 0; c < width; c += Vec::W) {
           const Vec scaled = share == 0.f ? Vec(0.f) : Vec::load(part + c) * Vec(share);
@@ -448,10 +458,12 @@ struct Backward {
   using U = typename Operand<T>::type;
   static constexpr int per_unit = Operand<T>::per_unit;
   static constexpr int64_t Bk = backward_key_block, Bq = backward_query_block;
+  // In fp32 the weights are to be as exact as the scores; 16 bits round more than an lse in fp32 does.
+  static constexpr bool precise = std::is_same_v<T, float>;
   const Attention& p;
   int64_t units, value_units, width, value_width, queries, keys_held;
   float *q_across, *q_along, *g_across, *g_along, *k_rows, *v_rows, *k_along, *scores, *slopes_of, *weights, *dscores,
-      *dscores_along, *grad_q, *grad_k, *grad_v, *lse, *delta;
+      *dscores_along, *grad_q, *grad_k, *grad_v, *lse, *rest, *delta;
   int64_t panel_size, k_panel;
   int64_t size;
 
@@ -479,6 +491,7 @@ struct Backward {
     grad_k = pieces.floats(keys_held * width);
     grad_v = pieces.floats(keys_held * value_width);
     lse = pieces.floats(queries);
+    rest = pieces.floats(queries);
     delta = pieces.floats(queries);
     size = pieces.total;
   }
@@ -546,9 +559,11 @@ struct Backward {
       });
       delta[first + i] = dot.sum() - (p.grad_lse ? p.grad_lse[at + i] : 0.f);
       const float found = p.lse[at + i];
-      lse[first + i] = found == -infinity ? infinity : found * log2_e;  // a query that saw nothing has no weights
+      lse[first + i] = found == -infinity ? infinity : precise ? found : found * log2_e;  // a query that saw nothing has no weights
+      rest[first + i] = p.rest[at + i] * log2_e;
     }
     fill(lse, first + count, first + room, infinity);
+    fill(rest, first + count, first + room, 0.f);
     fill(delta, first + count, first + room, 0.f);
   }
 
@@ -562,7 +577,6 @@ struct Backward {
     const void* k = operand(key_rows, p.k_step.token, count, p.channels, k_rows, &k_unit_step);
     const void* v = operand(value_rows, p.v_step.token, count, p.value_channels, v_rows, &v_unit_step);
     along(key_rows, p.k_step.token, count, round_up(count, per_unit), p.channels, k_along, k_panel);
-    const bool plain = p.softcap == 0.f && !p.slopes && p.scale > 0.f;  // a hidden score is -inf before it is scaled
     bent_slope = p.slopes ? p.slopes[head] : 0.f;
     for (int64_t i = round_down(from, panel); i < to; i += Bq) {
       bent_from = float(i + s.keys - s.queries - j);
@@ -573,10 +587,10 @@ struct Backward {
                         slopes_of, Bq, false);
       for (int64_t r = 0; r < count; r += per_unit) {
         for (int64_t one = r; one < std::min(r + per_unit, count); ++one) {
-          if (!plain) bend_row(s, head, j + one, scores + one * Bq, i, lanes);
+          if (!plain(p)) bend_row(s, head, j + one, scores + one * Bq, i, lanes);
           hide(s, head, j + one, scores + one * Bq, i, i_end, lanes);
         }
-        if (plain) soften<true>(r, count, i, lanes);
+        if (plain(p)) soften<true>(r, count, i, lanes);
         else soften<false>(r, count, i, lanes);
       }
       const int64_t k_here = lanes / per_unit, into = j - item.begin;
@@ -589,7 +603,7 @@ struct Backward {
     }
   }
 
-  // Capped and biased scores times log2(e), and what the cap multiplies their gradients by, in the place of dP until then.
+  // Capped and biased scores.
   void bend_row(const AttentionSequence& s, int64_t head, int64_t j, float* x, int64_t i, int64_t lanes) {
     const float slope = p.slopes ? p.slopes[head] : 0.f;
     const Vec lane = ramp();
@@ -610,16 +624,16 @@ struct Backward {
   // Weights and gradients of the scores of one unit of keys.
   template <bool Plain>
   void soften(int64_t r, int64_t count, int64_t i, int64_t lanes) {
-    const float factor = Plain ? p.scale * log2_e : 1.f;
+    const Vec unit(Plain ? p.scale : 1.f), factor(Plain ? p.scale * log2_e : log2_e);
     for (int64_t c = 0; c < lanes; c += Vec::W) {
-      const Vec all = Vec::load(lse + i + c), taken = Vec::load(delta + i + c);
+      const Vec all = Vec(0.f) - Vec::load(lse + i + c), lost = Vec(0.f) - Vec::load(rest + i + c), taken = Vec::load(delta + i + c);
       Vec gradient[per_unit];
       for (int one = 0; one < per_unit; ++one) {
         gradient[one] = Vec(0.f);
         if (r + one >= count) break;
         const int64_t at = (r + one) * Bq + c;
         const Vec x = Vec::load(scores + at);
-        const Vec weight = exp2(Plain ? fma(x, Vec(factor), Vec(0.f) - all) : x - all);
+        const Vec weight = exp2(precise ? fma(fma(x, unit, all), Vec(log2_e), lost) : fma(x, factor, all));
         gradient[one] = weight * (Vec::load(slopes_of + at) - taken);
         if constexpr (!Plain) gradient[one] = gradient[one] * cap_slope(x, r + one, c);
         weight.store((U*)weights + at);
@@ -639,7 +653,7 @@ struct Backward {
   Vec cap_slope(Vec x, int64_t r, int64_t c) const {
     if (p.softcap == 0.f) return Vec(1.f);
     const Vec distance = Vec(0.f) - (ramp() + Vec(bent_from + float(c - r)));
-    const Vec ratio = (x * Vec(ln_2) - Vec(bent_slope) * distance) * Vec(1.f / p.softcap);
+    const Vec ratio = (x - Vec(bent_slope) * distance) * Vec(1.f / p.softcap);
     return max(Vec(0.f), Vec(1.f) - ratio * ratio);
   }
 };
@@ -761,11 +775,11 @@ struct AttentionOf {
     p.q = q.const_data_ptr(), p.k = k.const_data_ptr(), p.v = v.const_data_ptr();
     p.q_step = strides_of(q), p.k_step = strides_of(k), p.v_step = strides_of(v);
     p.heads = q.size(1), p.kv_heads = k.size(1), p.channels = q.size(q.dim() - 1), p.value_channels = v.size(v.dim() - 1);
-    p.scale = float(scale), p.softcap = float(softcap), p.causal = causal, p.window = window, p.sinks = sinks;
+    p.scale = float(scale), p.softcap = float(softcap), p.causal = causal, p.sinks = sinks;
     if (sink_logits) p.sink_logits = (const float*)sink_logits->const_data_ptr();
     if (slopes) p.slopes = (const float*)slopes->const_data_ptr();
     if (mask) {
-      p.mask = (const bool*)mask->const_data_ptr();
+      p.mask = (const uint8_t*)mask->const_data_ptr();
       for (int d = 0; d < 4; ++d) p.mask_step[d] = mask->stride(d);
     }
     if (packed) {
@@ -787,6 +801,7 @@ struct AttentionOf {
     for (const auto& s : sequences) {
       longest_queries = std::max(longest_queries, s.queries), longest_keys = std::max(longest_keys, s.keys);
     }
+    p.window = window < longest_keys ? window : 0;  // one that hides nothing is none
   }
 };
 
@@ -872,25 +887,34 @@ static void attend_few(const AttentionOf& of) {
   });
 }
 
-static std::tuple<Tensor, Tensor> attend(AttentionOf& of, const Tensor& q) {
-  Attention& p = of.p;
-  const bool packed = q.dim() == 3;
-  Tensor rows = packed ? fresh(q, {q.size(0), p.heads, p.value_channels})
-                       : fresh(q, {q.size(0), q.size(2), p.heads, p.value_channels});
-  Tensor out = packed ? rows : torch::stable::transpose(rows, 1, 2);
-  Tensor lse = packed ? fresh_float(q, {p.heads, q.size(0)}) : fresh_float(q, {q.size(0), p.heads, q.size(2)});
-  p.out = out.mutable_data_ptr(), p.out_step = strides_of(out), p.lse = (float*)lse.mutable_data_ptr();
-  if (out.numel() == 0 && lse.numel() == 0) return {out, lse};
-  if (p.heads / p.kv_heads * of.longest_queries <= few_queries(p.dtype)) attend_few(of);
-  else attend_blocks(of);
-  return {out, lse};
+// The heads of a token side by side; no view of another tensor, for autograd would then refuse to let it be changed.
+static Tensor fresh_out(const Tensor& q, int64_t heads, int64_t channels) {
+  if (q.dim() == 3) return fresh(q, {q.size(0), heads, channels});
+  const Tensor shape = torch::stable::transpose(torch::stable::new_empty(q, {q.size(0), q.size(2), heads, channels}), 1, 2);
+  Tensor out = torch::stable::empty_like(shape);
+  advise_huge_pages(out.mutable_data_ptr(), size_t(out.numel()) * out.element_size());
+  return out;
+}
+static Tensor fresh_lse(const Tensor& q, int64_t heads) {
+  return q.dim() == 3 ? fresh_float(q, {heads, q.size(0)}) : fresh_float(q, {q.size(0), heads, q.size(2)});
 }
 
-static std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, Maybe sink_logits, Maybe slopes, Maybe mask,
+static void attend(AttentionOf& of, Tensor& out, Tensor& lse) {
+  Attention& p = of.p;
+  p.out = out.mutable_data_ptr(), p.out_step = strides_of(out), p.lse = (float*)lse.mutable_data_ptr();
+  if (out.numel() == 0 && lse.numel() == 0) return;
+  if (p.heads / p.kv_heads * of.longest_queries <= few_queries(p.dtype)) attend_few(of);
+  else attend_blocks(of);
+}
+
+static std::tuple<Tensor, Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, Maybe sink_logits, Maybe slopes, Maybe mask,
                                             Maybe bounds_q, Maybe bounds_k, double scale, bool causal, int64_t window,
                                             int64_t sinks, double softcap) {
   AttentionOf of(q, k, v, sink_logits, slopes, mask, bounds_q, bounds_k, scale, causal, window, sinks, softcap);
-  return attend(of, q);
+  Tensor out = fresh_out(q, of.p.heads, of.p.value_channels), lse = fresh_lse(q, of.p.heads), rest = fresh_lse(q, of.p.heads);
+  of.p.rest = (float*)rest.mutable_data_ptr();
+  attend(of, out, lse);
+  return {out, lse, rest};
 }
 
 static std::tuple<Tensor, Tensor> decode_attention(Tensor q, Tensor k, Tensor v, Tensor lengths, Maybe sink_logits, Maybe slopes,
@@ -905,11 +929,13 @@ static std::tuple<Tensor, Tensor> decode_attention(Tensor q, Tensor k, Tensor v,
     s.keys = length[s.batch];
     of.longest_keys = std::max(of.longest_keys, s.keys);
   }
-  return attend(of, q);
+  Tensor out = fresh_out(q, of.p.heads, of.p.value_channels), lse = fresh_lse(q, of.p.heads);
+  attend(of, out, lse);
+  return {out, lse};
 }
 
 static std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, Maybe grad_lse, Tensor q, Tensor k, Tensor v,
-                                                             Tensor out, Tensor lse, Maybe sink_logits, Maybe slopes, Maybe mask,
+                                                             Tensor out, Tensor lse, Tensor rest, Maybe sink_logits, Maybe slopes, Maybe mask,
                                                              Maybe bounds_q, Maybe bounds_k, double scale, bool causal,
                                                              int64_t window, int64_t sinks, double softcap) {
   AttentionOf of(q, k, v, sink_logits, slopes, mask, bounds_q, bounds_k, scale, causal, window, sinks, softcap);
@@ -920,6 +946,7 @@ static std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, Ma
     return {grad_q, grad_k, grad_v};
   }
   grad_out = with_whole_rows(grad_out), out = with_whole_rows(out), lse = torch::stable::contiguous(lse);
+  rest = torch::stable::contiguous(rest), p.rest = (float*)rest.const_data_ptr();
   if (grad_lse) grad_lse = to_float(*grad_lse);
   p.out = (void*)out.const_data_ptr(), p.out_step = strides_of(out), p.lse = (float*)lse.const_data_ptr();
   p.grad_out = grad_out.const_data_ptr(), p.grad_out_step = strides_of(grad_out);

@@ -22,10 +22,9 @@ def check_scores(
     """Checks what bends or hides scores; returns the scale."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     _check.in_range("scale", scale, float("-inf"))
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 (the query itself) or None, got {window}")
-    if sinks < 0:
-        raise ValueError(f"sinks must be at least 0, got {sinks}")
+    if window is not None:
+        _check.is_count("window", window, 1, " (the query itself) or None")
+    _check.is_count("sinks", sinks, 0)
     if softcap is not None:
         _check.in_range("softcap", softcap, 0.0, open_low=True)
     for name, value in (("sink_logits", sink_logits), ("alibi_slopes", alibi_slopes)):
@@ -87,10 +86,9 @@ def check_documents(name: str, bounds: Tensor | None, tokens: int, like: Tensor)
     if bounds.dim() != 1 or bounds.shape[0] < 1:
         raise ValueError(f"{name} must have shape (documents + 1,), got {tuple(bounds.shape)}")
     _check.same_device(name, bounds, "q", like)
-    if bounds.device.type == "cpu" and not torch.compiler.is_compiling() and type(bounds) is Tensor:
-        values = bounds.tolist()
-        if values[0] != 0 or values[-1] != tokens or any(b < a for a, b in itertools.pairwise(values)):
-            raise ValueError(f"{name} must ascend from 0 to T = {tokens}, got {values}")
+    values = _check.values_of(bounds) or [0, tokens]
+    if values[0] != 0 or values[-1] != tokens or any(b < a for a, b in itertools.pairwise(values)):
+        raise ValueError(f"{name} must ascend from 0 to T = {tokens}, got {values}")
     return bounds.shape[0] - 1
 
 
@@ -103,8 +101,7 @@ def positions(
     if bounds_q is None or bounds_k is None:
         return (i + (keys - queries)).unsqueeze(1), j.unsqueeze(0), None
     bounds_q, bounds_k = bounds_q.long(), bounds_k.long()
-    document_q = torch.searchsorted(bounds_q, i, right=True) - 1
-    document_k = torch.searchsorted(bounds_k, j, right=True) - 1
+    document_q, document_k = ((bounds[1:] <= n.unsqueeze(-1)).sum(-1) for bounds, n in ((bounds_q, i), (bounds_k, j)))
     shift = (bounds_k[1:] - bounds_k[:-1]) - (bounds_q[1:] - bounds_q[:-1]) - bounds_q[:-1]
     if bounds_q.shape[0] > 1:
         i = i + shift[document_q]
@@ -149,6 +146,16 @@ def attend(
     return out.to(dtype), lse
 
 
+def fresh_out(q: Tensor, channels: int) -> Tensor:
+    """An output for q as kernels write it: the heads of a token side by side. Not a view of another tensor, which autograd
+    would not let a caller change."""
+    if q.dim() == 3:
+        return q.new_empty(q.shape[0], q.shape[1], channels)
+    batch, heads, queries = q.shape[:3]
+    row = heads * channels
+    return q.new_empty_strided((batch, heads, queries, channels), (queries * row, channels, row, 1))
+
+
 def lay_out(out: Tensor) -> Tensor:
-    """(B, H, L, D) as kernels write it: the heads of a token side by side."""
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
+    """(B, H, L, D) as fresh_out has it."""
+    return out.transpose(1, 2).contiguous().transpose(1, 2).clone()  # which keeps the strides and is no view

@@ -56,6 +56,24 @@ def in_range(name: str, value: float, low: float, high: float = float("inf"), *,
         raise ValueError(f"{name} must be a finite number {bounds}, got {value}")
 
 
+def is_count(name: str, value: Any, least: int, meaning: str = "") -> None:
+    """An integer of at least `least`; `meaning` says in brackets what that is."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}{meaning}, got {value}")
+
+
+def values_of(value: torch.Tensor) -> list[Any] | None:
+    """What a tensor of integers holds where that can be told without waiting for a device: None on a GPU, while compiling and
+    for tensors that stand for others."""
+    if value.device.type != "cpu" or type(value) is not torch.Tensor or torch.compiler.is_compiling():
+        return None
+    if torch._C._functorch.is_functorch_wrapped_tensor(value):
+        return None
+    return value.tolist()
+
+
 def one_of(name: str, value: Any, valid: tuple[Any, ...]) -> None:
     if value not in valid:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, valid))}, got {value!r}")

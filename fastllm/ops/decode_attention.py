@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastllm.ops import _check
-from fastllm.ops._attention import attend, check_qkv, check_scores, lay_out
+from fastllm.ops._attention import attend, check_qkv, check_scores, fresh_out, lay_out
 from fastllm.ops._op import Op
 
 
@@ -55,11 +55,9 @@ def decode_attention(
         raise TypeError(f"cache_lengths must be an int32 or int64 tensor, got {cache_lengths.dtype}")
     _check.has_shape("cache_lengths", cache_lengths, (q.shape[0],), "one per row of q")
     _check.same_device("cache_lengths", cache_lengths, "q", q)
-    readable = (
-        cache_lengths.device.type == "cpu" and type(cache_lengths) is Tensor and not torch.compiler.is_compiling()
-    )
-    if readable and any(not 0 <= length <= k.shape[2] for length in cache_lengths.tolist()):
-        raise ValueError(f"cache_lengths must lie in 0 .. S = {k.shape[2]}, got {cache_lengths.tolist()}")
+    lengths = _check.values_of(cache_lengths)
+    if lengths is not None and any(not 0 <= length <= k.shape[2] for length in lengths):
+        raise ValueError(f"cache_lengths must lie in 0 .. S = {k.shape[2]}, got {lengths}")
     head_dim, value_dim = q.shape[-1], v.shape[-1]
     if head_dim % 8:
         q, k = (F.pad(t, (0, -head_dim % 8)) for t in (q, k))
@@ -80,15 +78,15 @@ def _definition(
     p = last - q.shape[2] + torch.arange(q.shape[2], device=q.device).unsqueeze(1)
     j = torch.arange(k.shape[2], device=q.device).unsqueeze(0)
     # What lies beyond a row's tokens is not data, and may be NaN.
-    v = v.masked_fill((j.transpose(0, 1) >= last), 0.0)
+    beyond = j.transpose(0, 1) >= last
+    k, v = k.masked_fill(beyond, 0.0), v.masked_fill(beyond, 0.0)
     out, lse = attend(q, k, v, sink_logits, alibi_slopes, p, j, j < last, scale, True, window, sinks, softcap)
     return lay_out(out), lse
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    batch, heads, queries = q.shape[:3]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(batch, queries, heads, v.shape[-1]).transpose(1, 2), q.new_empty(q.shape[:3], dtype=wide)
+    return fresh_out(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=wide)
 
 
 _decode_attention = Op(

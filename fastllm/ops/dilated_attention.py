@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastllm.ops import _check
 from fastllm.ops._attention import check_qkv, check_scores
 from fastllm.ops._op import COMPOSED
 from fastllm.ops.attention import attention
@@ -58,11 +59,15 @@ def dilated_attention(
             "segment_lengths and dilation_rates must pair up, at least one pair, all at least 1, got "
             f"{list(segment_lengths)} and {list(dilation_rates)}"
         )
+    if key_mask is not None:
+        _check.is_tensor("key_mask", key_mask)
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (q.shape[0], q.shape[2])):
         raise ValueError(
             f"key_mask must be a bool tensor of shape (B, L) = {(q.shape[0], q.shape[2])}, got {key_mask.dtype} "
             f"{tuple(key_mask.shape)}"
         )
+    if q.shape[1] == 0:
+        return attention(q, k, v, scale=scale)
     group = q.shape[1] // k.shape[1]
     if group > 1 and any(r > 1 for _, r in patterns):  # heads that share keys keep different tokens of them
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)

@@ -27,6 +27,9 @@ def merge_attention(outs: Tensor | Sequence[Tensor], lses: Tensor | Sequence[Ten
     Raises:
         TypeError: no tensors. ValueError: none given, or shapes, dtypes or devices that do not match.
     """
+    for name, value in (("outs", outs), ("lses", lses)):
+        if isinstance(value, Tensor):
+            _check.has_rank_of_at_least(name, value, 1)
     outs = outs.unbind(0) if isinstance(outs, Tensor) else tuple(outs)
     lses = lses.unbind(0) if isinstance(lses, Tensor) else tuple(lses)
     if not outs or len(outs) != len(lses):

@@ -25,6 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, masking_uti
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastllm import ops
+from fastllm.errors import ConfigError
 from fastllm.patching.replacement import Replacement
 
 NAME = "fastllm"
@@ -138,7 +139,11 @@ def _dilated(
         ).transpose(1, 2)
     seen = whole_mask(mask, query, key, causal, window)
     j = torch.arange(keys, device=query.device)
-    i = (j[-queries:] if mask is not None or queries == 1 else j[:queries]).unsqueeze(1)
+    if mask is not None and mask.dim() == 4 and causal and seen is not None:
+        # A cache of fixed size: queries stand anywhere along it. The last key that one sees is its own.
+        i = torch.where(seen, j, 0).amax(-1, keepdim=True)
+    else:
+        i = (j[-queries:] if mask is not None or queries == 1 else j[:queries]).unsqueeze(1)
     head = torch.arange(query.shape[1], device=query.device).view(-1, 1, 1)
     parts = []
     for segment, rate in zip(*patterns):
@@ -203,6 +208,11 @@ def eager_of(cls: type) -> Callable[..., Any] | None:
 
 def attention_mask(*args: Any, **kwargs: Any) -> Any:
     """What a forward's masks are made by; every case that the forms above do not cover is SDPA's mask."""
+    if kwargs.get("kv_offset", 0) and getattr(kwargs.get("config"), "settings", {}).get("dilated"):
+        raise ConfigError(
+            "dilated attention needs a cache that keeps every token in its place, and this one has dropped some, as those of "
+            "sliding-window layers do: give generate(past_key_values=transformers.DynamicCache()), or use_cache=False"
+        )
     compact = None if args else _compact(kwargs)
     return _sdpa_mask(*args, **kwargs) if compact is None else compact[0]
 

@@ -37,6 +37,8 @@ def step(kind, seconds, peak=2_000_000_000, spread=0.02):
     return {
         "suite": "train", "case": "train step llama", "contestant": kind, "parameters": 1, "runs": 10, "median_s": seconds,
         "quartile_s": [seconds * (1 - spread), seconds * (1 + spread)], "tokens_per_s": 2048 / seconds, "peak_bytes": peak,
+        "trainable_tokens_per_s": 2047 / seconds, "tflops": 1.7 / seconds, "mfu": None, "hfu": None, "of_matmul": 0.5,
+        "checkpointing": False, "optimizer": "SGD",
         "peak_over_built_bytes": None, "first_s": 9.0, "largest_loss_difference": 1e-4, "machine": MACHINE,
     }  # fmt: skip
 

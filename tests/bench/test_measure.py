@@ -81,7 +81,7 @@ def test_flops_set_the_limit_where_they_take_longer():
     assert found["fastllm"]["gflop_per_s"] == pytest.approx(1e12 / found["fastllm"]["median_ms"] * 1e-6)
 
 
-@pytest.mark.skipif(device.reset_peak() is None, reason="the system tells no peak memory")
+@pytest.mark.skipif(device.Cpu().reset_peak() is None, reason="the system tells no peak memory")
 def test_peak_memory_counts_what_is_freed_again_and_the_result():
     def hungry(x):
         twice = torch.full((4 * ROWS,), 2.0)  # 32 MiB beside the result's 8

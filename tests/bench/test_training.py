@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import training
-from bench.device import reset_peak
+from bench.device import Cpu
 
 pytest.importorskip("transformers")
 SHAPE = {
@@ -46,7 +46,7 @@ def test_memory_of_a_step_holds_weights_and_optimizer_state():
     assert peak is None or peak >= 2 * weights
 
 
-@pytest.mark.skipif(reset_peak() is None, reason="the system tells no peak memory")
+@pytest.mark.skipif(Cpu().reset_peak() is None, reason="the system tells no peak memory")
 def test_the_peak_of_a_run_counts_what_is_kept_between_steps():
     trainer = build("unpatched")
     trainer.steps(1)

@@ -70,8 +70,12 @@ def plain(
     return torch.stack(outs, 1), torch.stack(lses, 1)
 
 
-def check(q, k, v, dtype, backend, device="cpu", sink_logits=None, alibi_slopes=None, gradients=True, **options):
-    """Output, lse and gradients (through both) of one call, by the tolerance rule; plain PyTorch in the dtype is eager."""
+def check(
+    q, k, v, dtype, backend, device="cpu", sink_logits=None, alibi_slopes=None, gradients=True, whole=False, **options
+):
+    """Output, lse and gradients (through both) of one call, by the tolerance rule; plain PyTorch in the dtype is eager.
+    whole: products of q and k are exact, in whatever order they are summed."""
+    triton_sums = backend == "triton" and not whole
     tensors = [t.to(dtype) for t in (q, k, v)]
     generator = torch.Generator().manual_seed(3)
 
@@ -84,7 +88,7 @@ def check(q, k, v, dtype, backend, device="cpu", sink_logits=None, alibi_slopes=
         if not gradients:
             return [out, lse]
         generator.manual_seed(3)
-        to_out = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
+        to_out = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype).to(out)
         to_lse = torch.randn(lse.shape, generator=generator, dtype=torch.float64).to(lse) * lse.isfinite()
         if of_rounded is not None:
             lost = ((of_rounded - out.detach()) * to_out).sum(-1)
@@ -92,8 +96,10 @@ def check(q, k, v, dtype, backend, device="cpu", sink_logits=None, alibi_slopes=
                 -1
             )  # of the sum itself, in fp32
             to_lse = to_lse - (lost.transpose(0, 1) if lost.dim() == 2 else lost)
-            row = 1 + 2 * torch.finfo(torch.float32).eps * lse.detach().abs().nan_to_num(0, 0, 0)
-            to_out, to_lse = to_out * (row.transpose(0, 1) if lost.dim() == 2 else row).unsqueeze(-1), to_lse * row
+            if triton_sums:  # the interpreter's products of other tiles are other sums of the same numbers
+                row = 1 + 2 * torch.finfo(torch.float32).eps * lse.detach().abs().nan_to_num(0, 0, 0)
+                to_lse, row = to_lse * row, row.transpose(0, 1) if lost.dim() == 2 else row
+                to_out = to_out * row.unsqueeze(-1)
         inputs = [*leaves, *([] if sinks is None else [sinks])]
         found = torch.autograd.grad([out, lse], inputs, [to_out, to_lse], allow_unused=True)
         zeros = [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, found)]
@@ -103,7 +109,7 @@ def check(q, k, v, dtype, backend, device="cpu", sink_logits=None, alibi_slopes=
     eager = run(plain, lambda t: t)
     with fastllm.use_backend(backend):
         ours = run(attention, lambda t: t.to(device), return_lse=True)
-    # PyTorch's fused attention, as all of its kind, finds the gradient from the rounded output and the rounded lse.
+    # PyTorch's fused attention, as all of its kind, finds the gradient from the rounded output.
     fused = run(plain, lambda t: t.double(), of_rounded=exact[0].to(dtype).double())
     names = ["out", "lse", "gradient of q", "gradient of k", "gradient of v", "gradient of sink_logits"]
     for name, a, b, c, d in zip(names, ours, eager, exact, fused):
@@ -237,18 +243,64 @@ def test_a_tree_mask_and_rows_that_see_nothing(backend, device):
 
 @each_backend
 @each_dtype
-@pytest.mark.parametrize("case", ["large logits", "all equal", "one huge key", "tiny"])
+@pytest.mark.parametrize("case", ["large logits", "all equal", "one huge key", "one huge key of whole numbers", "tiny"])
 def test_adversarial_inputs(case, dtype, backend, device):
     q, k, v = tensors(1, 2, 2, 70, 70, 16, 16)
     if case == "large logits":
         q, k = q * 30, k * 30
     elif case == "all equal":
         k = torch.ones_like(k)
-    elif case == "one huge key":
+    elif "huge" in case:
+        if "whole" in case:
+            q, k = (3 * q).round(), (3 * k).round()
         k[:, :, 33] *= 100
     else:
         q, v = q * 1e-5, v * 1e-3
-    check(q, k, v, dtype, backend, device)
+    check(q, k, v, dtype, backend, device, whole="whole" in case)
+
+
+@pytest.mark.parametrize("length", [5, 300])  # few queries, and blocks of them
+@pytest.mark.parametrize("scale", [1e5, 1e12])
+def test_scores_beyond_what_fp32_resolves_pick_the_largest(length, scale):
+    q, k, v = tensors(1, 2, 2, length, length, 16, 16)
+    exact = attention(scale * q.double(), scale * k.double(), v.double())
+    torch.testing.assert_close(attention(scale * q, scale * k, v), exact.float())
+
+
+@each_backend
+def test_a_window_of_the_largest_integer_is_none(backend, device):
+    q, k, v = tensors(1, 2, 2, 70, 70, 16, 16)
+    check(q, k, v, torch.float32, backend, device, window=2**63 - 1, sinks=3)
+
+
+@each_backend
+def test_a_mask_is_true_wherever_it_is_not_zero(backend, device):
+    q, k, v = (t.to(device) for t in tensors(1, 2, 2, 300, 300, 16, 16))
+    mask = torch.rand(1, 1, 300, 300, device=device) < 0.01
+    strange = (2 * mask.to(torch.uint8)).view(torch.bool)  # what a C extension may leave in a bool
+    with fastllm.use_backend(backend):
+        assert torch.equal(attention(q, k, v, mask=strange, causal=False), attention(q, k, v, mask=mask, causal=False))
+
+
+@each_backend
+def test_outputs_may_be_changed_in_place(backend, device):
+    q, k, v = (t.to(device).requires_grad_() for t in tensors(1, 2, 2, 6, 6, 8, 8))
+    with fastllm.use_backend(backend):
+        out = attention(q, k, v)
+        expected = 2 * out.detach()
+        assert torch.equal(out.mul_(2), expected)
+        if backend != "torch":  # whose backward pass does not need the output
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                out.sum().backward()
+
+
+def test_vmap_over_documents_and_lengths():
+    q, k, v = tensors(3, 2, 2, 6, 6, 8, 8)
+    bounds = torch.tensor([[0, 2, 6], [0, 6, 6], [0, 1, 6]], dtype=torch.int32)
+    packed = [t.transpose(1, 2) for t in (q, k, v)]
+    found = torch.vmap(lambda q, k, v, b: attention(q, k, v, cu_seqlens_q=b))(*packed, bounds)
+    for n in range(3):
+        torch.testing.assert_close(found[n], attention(*(t[n] for t in packed), cu_seqlens_q=bounds[n]))
 
 
 @each_backend
@@ -330,8 +382,8 @@ def test_opcheck():
         3.0,
     )
     torch.library.opcheck(torch.ops.fastllm.attention.default, (q, k, v, *rest))
-    out, lse = torch.ops.fastllm.attention(q, k, v, *rest)
-    inputs = [t.detach() for t in (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse)]
+    out, lse, lost = torch.ops.fastllm.attention(q, k, v, *rest)
+    inputs = [t.detach() for t in (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, lost)]
     torch.library.opcheck(torch.ops.fastllm.attention_backward.default, (*inputs, *rest))
     bounds = torch.tensor([0, 4, 4, 9], dtype=torch.int32)
     packed = (torch.randn(9, 4, 16), torch.randn(9, 2, 16), torch.randn(9, 2, 8))
@@ -401,6 +453,7 @@ BAD = {
     "dtypes": ((GOOD[0].half(), *GOOD[1:]), {}, ValueError, "one dtype"),
     "integer": ((GOOD[0].long(), *GOOD[1:]), {}, TypeError, "q must be a floating-point tensor"),
     "device": ((GOOD[0], GOOD[1].to("meta"), GOOD[2]), {}, ValueError, "k and q must be on one device"),
+    "window of halves": (GOOD, {"window": 2.5}, TypeError, "window must be an integer, got 2.5"),
     "window": (GOOD, {"window": 0}, ValueError, "window must be at least 1.*got 0"),
     "sinks": (GOOD, {"sinks": -1}, ValueError, "sinks must be at least 0, got -1"),
     "softcap": (GOOD, {"softcap": 0.0}, ValueError, "softcap must be a finite number > 0"),

@@ -93,3 +93,14 @@ def test_bad_lengths(lengths, error, message):
     q, k, v = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 20, 16), torch.randn(2, 2, 20, 16)
     with pytest.raises(error, match=message):
         decode_attention(q, k, v, lengths)
+
+
+@each_backend
+def test_gradients_are_blind_to_what_lies_beyond_a_row(backend, device):
+    q, k, v = (torch.randn(1, 2, n, 8) for n in (1, 10, 10))
+    k[:, :, 4:], v[:, :, 4:] = float("nan"), float("nan")
+    with fastllm.use_backend(backend):
+        leaves = [t.to(device).requires_grad_() for t in (q, k, v)]
+        found = torch.autograd.grad(decode_attention(*leaves, torch.tensor([4], device=device)).sum(), leaves)
+    assert all(g.isfinite().all() for g in found)
+    assert not any(g[:, :, 4:].any() for g in found[1:])

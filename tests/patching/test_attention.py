@@ -5,6 +5,7 @@ import torch
 from transformers import (
     BertConfig,
     BertModel,
+    DynamicCache,
     Gemma2Config,
     Gemma3TextConfig,
     GptOssConfig,
@@ -210,57 +211,6 @@ def test_every_form_of_a_mask_says_what_it_should():
     assert torch.equal(whole_mask(starts, q, q, True, None), expected)
 
 
-def dilated(length, segments, rates, heads):
-    """Which keys a query sees in each pattern, from the definition: (patterns, heads, L, L)."""
-    p = torch.arange(length)
-    held = torch.stack([torch.stack([p % w % r == h % r for h in range(heads)]) for w, r in zip(segments, rates)])
-    same = torch.stack([(p.unsqueeze(1) // w == p // w) & (p <= p.unsqueeze(1)) for w in segments])
-    return held.unsqueeze(-1) & held.unsqueeze(-2) & same.unsqueeze(1)
-
-
-def test_dilated_attention_is_its_definition_padded_or_not():
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, n, 30, 16, dtype=torch.double, requires_grad=True) for n in (6, 2, 2))
-    segments, rates = [5, 12, 30], [1, 2, 4]
-    for padding in (None, torch.rand(2, 30) > 0.3):
-        seen = dilated(30, segments, rates, 6)[:, None]
-        seen = seen if padding is None else seen & padding[None, :, None, None]
-        scores = q @ k.repeat_interleave(3, 1).transpose(-1, -2) / 4
-        lses = torch.stack([torch.logsumexp(scores.masked_fill(~s, -torch.inf), -1) for s in seen])
-        outs = [
-            torch.softmax(scores.masked_fill(~s, -torch.inf), -1).nan_to_num() @ v.repeat_interleave(3, 1) for s in seen
-        ]
-        mixing = torch.softmax(lses, 0).nan_to_num()
-        expected = sum(w.unsqueeze(-1) * o for w, o in zip(mixing, outs))
-        found = ops.dilated_attention(q, k, v, segments, rates, key_mask=padding)
-        torch.testing.assert_close(found, expected)
-        single = ops.dilated_attention(q.float(), k.float(), v.float(), segments, rates, key_mask=padding)
-        torch.testing.assert_close(single.double(), expected, rtol=1e-4, atol=1e-5)
-        if padding is None:
-            gradients = [torch.autograd.grad(o.square().sum(), (q, k, v)) for o in (found, expected)]
-            for a, b in zip(*gradients):
-                torch.testing.assert_close(a, b)
-
-
-def test_merging_parts_gives_the_whole():
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, 9, 16, requires_grad=True) for _ in range(3))
-    whole, lse = ops.attention(q, k, v, causal=False, return_lse=True)
-    parts = [
-        ops.attention(q, k[:, :, a:b], v[:, :, a:b], causal=False, return_lse=True) for a, b in ((0, 4), (4, 4), (4, 9))
-    ]
-    out, merged = ops.merge_attention(*zip(*parts))
-    torch.testing.assert_close(out, whole)
-    torch.testing.assert_close(merged, lse)
-    for a, b in zip(*(torch.autograd.grad(o.square().sum(), (q, k, v)) for o in (out, whole))):
-        torch.testing.assert_close(a, b)
-    blind = ops.merge_attention(torch.full((2, 3, 4), 7.0), torch.full((2, 3), -torch.inf))
-    assert (blind[0] == 0).all()
-    assert (blind[1] == -torch.inf).all()
-    with pytest.raises(ValueError, match="as many"):
-        ops.merge_attention([whole], [lse, lse])
-
-
 def test_a_longnet_trains_and_generates_as_its_whole_forward():
     model = llama()
     report = fastllm.patch(model, ops={"attention": fastllm.DilatedConfig([4, 16], [1, 2])})
@@ -281,3 +231,29 @@ def test_a_longnet_trains_and_generates_as_its_whole_forward():
         fastllm.DilatedConfig([4], [1, 2])
     with pytest.raises(TypeError, match="DilatedConfig"):
         fastllm.patch(model, ops={"attention": 3})
+
+
+def test_a_longnet_generates_over_a_cache_of_fixed_size_and_refuses_one_that_forgets():
+    model = llama().eval()
+    fastllm.patch(model, ops={"attention": fastllm.DilatedConfig([4, 16], [1, 2])})
+    options = {
+        "max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_logits": True, "pad_token_id": 0,
+        "eos_token_id": None,
+    }  # fmt: skip
+    padded = torch.ones(2, 9, dtype=torch.long)
+    padded[1, :3] = 0
+    for mask in (torch.ones_like(padded), padded):
+        found = [
+            model.generate(
+                tokens(2, 9), attention_mask=mask, cache_implementation=kind, disable_compile=True, **options
+            )
+            for kind in ("dynamic", "static")
+        ]
+        torch.testing.assert_close(*(torch.stack(f.logits) for f in found), rtol=1e-4, atol=1e-5)
+    model = of(CONFIGS["mistral"]).eval()
+    fastllm.patch(model, ops={"attention": fastllm.DilatedConfig([4, 16], [1, 2])})
+    with pytest.raises(fastllm.ConfigError, match="keeps every token in its place"):
+        model.generate(tokens(2, 9), **options)
+    kept = model.generate(tokens(2, 9), past_key_values=DynamicCache(), **options)
+    whole = model(kept.sequences, use_cache=False).logits[:, 8:-1]
+    torch.testing.assert_close(torch.stack(kept.logits, 1), whole, rtol=1e-4, atol=1e-4)

@@ -179,7 +179,7 @@ def _forward_blocks(
 
 @triton.jit(do_not_specialize=_COUNTS)
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sink_ptr, slope_ptr, mask_ptr, table_ptr, cu_q_ptr, cu_k_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lost_ptr, sink_ptr, slope_ptr, mask_ptr, table_ptr, cu_q_ptr, cu_k_ptr,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, out_batch, out_head, out_token,
     mask_batch, mask_head, mask_q, mask_k, blocks, heads, group, queries, keys, tokens, scale_log2, cap_in, cap_out, window, sinks,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -235,11 +235,15 @@ def _forward_kernel(
         most = now
     blind = (total == 0.0) & (most == float("-inf"))
     out = sums / tl.where(blind, 1.0, total)[:, None]
-    lse = tl.where(blind, float("-inf"), most * _LN_2 + tl.log(tl.where(blind, 1.0, total)))
+    exact = most.to(tl.float64) / _LOG2_E + tl.log(tl.where(blind, 1.0, total)).to(tl.float64)
+    lse = tl.where(blind, float("-inf"), exact.to(tl.float32))
+    lost = tl.where(blind, 0.0, (exact - lse.to(tl.float64)).to(tl.float32))
     out_ptr += batch * out_batch + head * out_head + first_q * out_token
     _store_rows(out_ptr, out, first, queries, out_token, M, DV, BLOCK_DV)
     at = first + tl.arange(0, M)
-    tl.store(lse_ptr + row.to(tl.int64) * tokens + first_q + at, lse, mask=at < queries)
+    stats = row.to(tl.int64) * tokens + first_q + at
+    tl.store(lse_ptr + stats, lse, mask=at < queries)
+    tl.store(lost_ptr + stats, lost, mask=at < queries)
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -261,22 +265,37 @@ def _delta_kernel(
 
 
 @triton.jit
+def _logarithms(lse_ptr, lost_ptr, at, there, PRECISE: tl.constexpr):
+    """Of softmax denominators to base 2, for scores in those units, and what their rounding to fp32 lost (0 unless PRECISE)."""
+    lse = tl.load(lse_ptr + at, mask=there, other=float("-inf"))
+    blind = lse == float("-inf")  # who sees nothing has no weights
+    if PRECISE:
+        exact = (lse.to(tl.float64) + tl.load(lost_ptr + at, mask=there, other=0.0).to(tl.float64)) * _LOG2_E
+        rounded = exact.to(tl.float32)
+        lost = tl.where(blind, 0.0, (exact - rounded.to(tl.float64)).to(tl.float32))
+    else:
+        rounded = lse * _LOG2_E
+        lost = 0.0
+    return tl.where(blind, float("inf"), rounded), lost
+
+
+@triton.jit
 def _key_value_blocks(
-    grad_k, grad_v, k, v, j, j0, begin, end, q_ptr, grad_ptr, lse_ptr, delta_ptr, q_token, grad_token, shift, queries, keys,
+    grad_k, grad_v, k, v, j, j0, begin, end, q_ptr, grad_ptr, lse_ptr, lost_ptr, delta_ptr, q_token, grad_token, shift, queries, keys,
     slope, scale_log2, cap_in, cap_out, window, sinks, mask_ptr, mask_q, mask_k, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     SINKS: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, M: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, GRAD_K: tl.constexpr, GRAD_V: tl.constexpr,
+    PRECISE: tl.constexpr,
 ):  # fmt: skip
     for i0 in range(begin, end, M):
         q = _rows(q_ptr, i0, queries, q_token, M, D, BLOCK_D)
         grad = _rows(grad_ptr, i0, queries, grad_token, M, DV, BLOCK_DV)
         at = i0 + tl.arange(0, M)
-        lse = tl.load(lse_ptr + at, mask=at < queries, other=float("-inf"))
-        lse = tl.where(lse == float("-inf"), float("inf"), lse * _LOG2_E)  # who sees nothing has no weights
+        lse, lost = _logarithms(lse_ptr, lost_ptr, at, at < queries, PRECISE)
         products = product(k, tl.trans(q))
         i = at[None, :]
         scores, steep = _bent(products, i, j, shift, slope, scale_log2, cap_in, cap_out, CAP, ALIBI)
-        weights = tl.exp2(scores - lse[None, :])
+        weights = tl.exp2(scores - lse[None, :] - lost[None, :]) if PRECISE else tl.exp2(scores - lse[None, :])
         if CAUSAL or WINDOW or MASK:
             seen = _seen(
                 i,
@@ -309,13 +328,14 @@ def _key_value_blocks(
 
 @triton.jit(do_not_specialize=_COUNTS)
 def _key_value_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, grad_k_ptr, grad_v_ptr, slope_ptr, mask_ptr, table_ptr, cu_q_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, lost_ptr, delta_ptr, grad_k_ptr, grad_v_ptr, slope_ptr, mask_ptr, table_ptr, cu_q_ptr,
     cu_k_ptr, q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, grad_batch, grad_head,
     grad_token, grad_k_batch, grad_k_head, grad_k_token, grad_v_batch, grad_v_head, grad_v_token,
     mask_batch, mask_head, mask_q, mask_k, blocks, heads, group, queries, keys, tokens, scale, scale_log2, cap_in, cap_out, window,
     sinks, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, MASK: tl.constexpr,
     CAP: tl.constexpr, ALIBI: tl.constexpr, PACKED: tl.constexpr, GRAD_K: tl.constexpr, GRAD_V: tl.constexpr,
+    PRECISE: tl.constexpr,
 ):  # fmt: skip
     row, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     kv_heads = heads // group
@@ -349,10 +369,10 @@ def _key_value_kernel(
         stats = (batch * heads + head) * tokens + first_q
         mask_here = mask_ptr + batch * mask_batch + head * mask_head
         grad_k, grad_v = _key_value_blocks(
-            grad_k, grad_v, k, v, j, first, begin, end, q_here, grad_here, lse_ptr + stats,
+            grad_k, grad_v, k, v, j, first, begin, end, q_here, grad_here, lse_ptr + stats, lost_ptr + stats,
             delta_ptr + stats, q_token, grad_token, shift, queries, keys, slope, scale_log2, cap_in, cap_out, window, sinks,
             mask_here, mask_q, mask_k, CAUSAL, WINDOW, SINKS, MASK, CAP, ALIBI, M, D, BLOCK_D, DV, BLOCK_DV, GRAD_K,
-            GRAD_V,
+            GRAD_V, PRECISE,
         )  # fmt: skip
     grad_k_ptr += batch * grad_k_batch + kv_head * grad_k_head + first_k * grad_k_token
     grad_v_ptr += batch * grad_v_batch + kv_head * grad_v_head + first_k * grad_v_token
@@ -364,10 +384,10 @@ def _key_value_kernel(
 
 @triton.jit
 def _query_blocks(
-    grad_q, q, grad, lse, delta, i, i0, begin, end, k_ptr, v_ptr, k_token, v_token, shift, queries, keys, slope, scale_log2,
+    grad_q, q, grad, lse, lost, delta, i, i0, begin, end, k_ptr, v_ptr, k_token, v_token, shift, queries, keys, slope, scale_log2,
     cap_in, cap_out, window, sinks, mask_ptr, mask_q, mask_k, sinks_room, jump, EDGE: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, SINKS: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, N: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     for n0 in range(begin, end, N):
         j0 = n0
@@ -378,7 +398,7 @@ def _query_blocks(
         j = j0 + tl.arange(0, N)[None, :]
         products = product(q, tl.trans(k))
         scores, steep = _bent(products, i, j, shift, slope, scale_log2, cap_in, cap_out, CAP, ALIBI)
-        weights = tl.exp2(scores - lse[:, None])
+        weights = tl.exp2(scores - lse[:, None] - lost[:, None]) if PRECISE else tl.exp2(scores - lse[:, None])
         if EDGE:
             seen = _seen(
                 i,
@@ -407,12 +427,13 @@ def _query_blocks(
 
 @triton.jit(do_not_specialize=_COUNTS)
 def _query_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, grad_q_ptr, slope_ptr, mask_ptr, table_ptr, cu_q_ptr, cu_k_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, lost_ptr, delta_ptr, grad_q_ptr, slope_ptr, mask_ptr, table_ptr, cu_q_ptr, cu_k_ptr,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, grad_batch, grad_head, grad_token,
     grad_q_batch, grad_q_head, grad_q_token, mask_batch, mask_head, mask_q, mask_k, blocks, heads, group, queries, keys, tokens,
     scale, scale_log2, cap_in, cap_out, window, sinks, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr,
     BLOCK_DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     SINKS: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, PACKED: tl.constexpr, DENSE: tl.constexpr,
+    PRECISE: tl.constexpr,
 ):  # fmt: skip
     row, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     if not PACKED:
@@ -429,8 +450,7 @@ def _query_kernel(
     grad_ptr += batch * grad_batch + head * grad_head + first_q * grad_token
     grad = _rows(grad_ptr, first, queries, grad_token, M, DV, BLOCK_DV)
     stats = row.to(tl.int64) * tokens + first_q + at
-    lse = tl.load(lse_ptr + stats, mask=at < queries, other=float("-inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse * _LOG2_E)
+    lse, lost = _logarithms(lse_ptr, lost_ptr, stats, at < queries, PRECISE)
     delta = tl.load(delta_ptr + stats, mask=at < queries, other=0.0)
     k_ptr += batch * k_batch + head // group * k_head + first_k * k_token
     v_ptr += batch * v_batch + head // group * v_head + first_k * v_token
@@ -449,14 +469,14 @@ def _query_kernel(
     grad_q = tl.zeros([M, BLOCK_D], tl.float32)
     if DENSE:
         grad_q = _query_blocks(
-            grad_q, q, grad, lse, delta, i, first, 0, edge, k_ptr, v_ptr, k_token, v_token, shift, queries, keys, slope,
+            grad_q, q, grad, lse, lost, delta, i, first, 0, edge, k_ptr, v_ptr, k_token, v_token, shift, queries, keys, slope,
             scale_log2, cap_in, cap_out, window, sinks, mask_ptr, mask_q, mask_k, sinks_room, jump, False, CAUSAL, WINDOW,
-            SINKS, MASK, CAP, ALIBI, N, D, BLOCK_D, DV, BLOCK_DV,
+            SINKS, MASK, CAP, ALIBI, N, D, BLOCK_D, DV, BLOCK_DV, PRECISE,
         )  # fmt: skip
     grad_q = _query_blocks(
-        grad_q, q, grad, lse, delta, i, first, edge, end - jump, k_ptr, v_ptr, k_token, v_token, shift, queries, keys, slope,
+        grad_q, q, grad, lse, lost, delta, i, first, edge, end - jump, k_ptr, v_ptr, k_token, v_token, shift, queries, keys, slope,
         scale_log2, cap_in, cap_out, window, sinks, mask_ptr, mask_q, mask_k, sinks_room, jump, True, CAUSAL, WINDOW, SINKS,
-        MASK, CAP, ALIBI, N, D, BLOCK_D, DV, BLOCK_DV,
+        MASK, CAP, ALIBI, N, D, BLOCK_D, DV, BLOCK_DV, PRECISE,
     )  # fmt: skip
     grad_q_ptr += batch * grad_q_batch + head * grad_q_head + first_q * grad_q_token
     _store_rows(grad_q_ptr, grad_q * scale, first, queries, grad_q_token, M, D, BLOCK_D)
@@ -716,6 +736,7 @@ def _call(
     q, k, v = _whole_rows(q), _whole_rows(k), _whole_rows(v)
     packed = cu_seqlens_q is not None
     queries, keys = (q.shape[0], k.shape[0]) if packed else (q.shape[2], k.shape[2])
+    window, sinks = window if window < keys else 0, min(sinks, keys)
     numbers = {
         "heads": q.shape[1], "group": q.shape[1] // k.shape[1], "queries": queries, "keys": keys, "tokens": queries,
         "scale_log2": scale * LOG2_E, "cap_in": scale / softcap if softcap else 0.0, "cap_out": softcap * LOG2_E,
@@ -733,35 +754,40 @@ def _call(
     )  # fmt: skip
 
 
+def _fresh_out(q: Tensor, channels: int) -> Tensor:
+    """The heads of a token side by side; not a view of another tensor."""
+    if q.dim() == 3:
+        return q.new_empty(q.shape[0], q.shape[1], channels)
+    batch, heads, queries = q.shape[:3]
+    row = heads * channels
+    return q.new_empty_strided((batch, heads, queries, channels), (queries * row, channels, row, 1))
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None, alibi_slopes: Tensor | None, mask: Tensor | None,
     cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, scale: float, causal: bool, window: int, sinks: int,
     softcap: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     c = _call(q, k, v, alibi_slopes, mask, cu_seqlens_q, cu_seqlens_k, scale, causal, window, sinks, softcap)
-    heads = q.shape[1]
-    if q.dim() == 3:
-        out = q.new_empty(q.shape[0], heads, v.shape[-1])
-        lse = q.new_empty((heads, q.shape[0]), dtype=torch.float32)
-    else:
-        out = q.new_empty(q.shape[0], q.shape[2], heads, v.shape[-1]).transpose(1, 2)
-        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    out = _fresh_out(q, v.shape[-1])
+    lse = q.new_empty((q.shape[1], q.shape[0]) if q.dim() == 3 else q.shape[:3], dtype=torch.float32)
+    lost = torch.empty_like(lse)
     if lse.numel():
         tiles = _tiles("forward", c.flags, q.dtype, _chip(q.device))
         blocks, table = c.blocks(True, tiles.m)
         sink = c.q if sink_logits is None else sink_logits.float().contiguous()
         _forward_kernel[(blocks * (lse.numel() // c.numbers["tokens"]),)](
-            c.q, c.k, c.v, out, lse, sink, *c.pointers(table), *_steps(c.q), *_steps(c.k), *_steps(c.v), *_steps(out),
+            c.q, c.k, c.v, out, lse, lost, sink, *c.pointers(table), *_steps(c.q), *_steps(c.k), *_steps(c.v), *_steps(out),
             *c.mask_steps(), blocks, **c.numbers, **c.flags, DENSE=_dense(c.flags, q.dtype),
             SINK_LOGITS=sink_logits is not None, M=tiles.m, N=tiles.n,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
-    return out, lse
+    return out, lse, lost
 
 
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    sink_logits: Tensor | None, alibi_slopes: Tensor | None, mask: Tensor | None, cu_seqlens_q: Tensor | None,
+    lost: Tensor, sink_logits: Tensor | None, alibi_slopes: Tensor | None, mask: Tensor | None, cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None, scale: float, causal: bool, window: int, sinks: int, softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     c = _call(q, k, v, alibi_slopes, mask, cu_seqlens_q, cu_seqlens_k, scale, causal, window, sinks, softcap)
@@ -769,6 +795,7 @@ def backward(
     if lse.numel() == 0 or k.numel() == 0:
         return grad_q.zero_(), grad_k.zero_(), grad_v.zero_()
     grad_out, out, lse = _whole_rows(grad_out), _whole_rows(out), lse.contiguous()
+    lost, precise = lost.contiguous(), q.dtype == torch.float32
     delta = torch.empty_like(lse)
     tokens = c.numbers["tokens"]
     rows = lse.numel() // tokens
@@ -783,15 +810,15 @@ def backward(
     blocks, table = c.blocks(False, tiles.n)
     for grad_of_k, grad_of_v in _passes(c.flags, q.dtype):
         _key_value_kernel[(blocks * (rows // c.numbers["group"]),)](
-            c.q, c.k, c.v, grad_out, lse, delta, grad_k, grad_v, *c.pointers(table), *operands, *_steps(grad_k),
+            c.q, c.k, c.v, grad_out, lse, lost, delta, grad_k, grad_v, *c.pointers(table), *operands, *_steps(grad_k),
             *_steps(grad_v), *c.mask_steps(), blocks, **c.numbers, **c.flags, scale=scale, GRAD_K=grad_of_k,
-            GRAD_V=grad_of_v, M=tiles.m, N=tiles.n, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            GRAD_V=grad_of_v, PRECISE=precise, M=tiles.m, N=tiles.n, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
     tiles = _tiles("query", c.flags, q.dtype, _chip(q.device))
     blocks, table = c.blocks(True, tiles.m)
     _query_kernel[(blocks * rows,)](
-        c.q, c.k, c.v, grad_out, lse, delta, grad_q, *c.pointers(table), *operands, *_steps(grad_q), *c.mask_steps(),
-        blocks, **c.numbers, **c.flags, DENSE=_dense(c.flags, q.dtype), scale=scale, M=tiles.m, N=tiles.n,
+        c.q, c.k, c.v, grad_out, lse, lost, delta, grad_q, *c.pointers(table), *operands, *_steps(grad_q), *c.mask_steps(),
+        blocks, **c.numbers, **c.flags, DENSE=_dense(c.flags, q.dtype), PRECISE=precise, scale=scale, M=tiles.m, N=tiles.n,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     return grad_q, grad_k, grad_v
@@ -802,9 +829,10 @@ def decode(
     alibi_slopes: Tensor | None, scale: float, window: int, sinks: int, softcap: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     c = _call(q, k_cache, v_cache, alibi_slopes, None, None, None, scale, True, window, sinks, softcap)
+    window, sinks = c.numbers["window"], c.numbers["sinks"]
     batch, heads, queries, _ = q.shape
     kv_heads, room, channels = k_cache.shape[1], k_cache.shape[2], v_cache.shape[-1]
-    out = q.new_empty(batch, queries, heads, channels).transpose(1, 2)
+    out = _fresh_out(q, channels)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if not lse.numel():
         return out, lse
@@ -870,7 +898,7 @@ def _shipped(name: str, width: int, dtype: torch.dtype, flags: dict[str, bool]) 
     signature = {
         n: t for n in ("q_ptr", "k_ptr", "v_ptr", "grad_ptr", "grad_q_ptr", "grad_k_ptr", "grad_v_ptr", "out_ptr")
     }
-    signature |= dict.fromkeys(("lse_ptr", "delta_ptr", "sink_ptr", "slope_ptr"), "*fp32")
+    signature |= dict.fromkeys(("lse_ptr", "lost_ptr", "delta_ptr", "sink_ptr", "slope_ptr"), "*fp32")
     signature |= {"mask_ptr": "*u8", **dict.fromkeys(("table_ptr", "cu_q_ptr", "cu_k_ptr"), "*i32")}
     for part in ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v"):
         signature |= {f"{part}_batch": "i64:16", f"{part}_head": "i32:16", f"{part}_token": "i32:16"}
@@ -892,6 +920,8 @@ def _shipped(name: str, width: int, dtype: torch.dtype, flags: dict[str, bool]) 
             fixed["DENSE"] = _dense(constants, dtype)
         if kernel is _forward_kernel:
             fixed["SINK_LOGITS"] = flags.get("SINK_LOGITS", False)
+        else:
+            fixed["PRECISE"] = dtype == torch.float32
         work = Work(shape, tensors * rows * width * dtype.itemsize, products * 2 * rows * seen * width)
         passes = _passes(constants, dtype) if kernel is _key_value_kernel else ((True, True),)
         for grad_k, grad_v in passes:

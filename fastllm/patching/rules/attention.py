@@ -75,7 +75,7 @@ def find(model: nn.Module, options: DilatedConfig | None = None) -> Iterator[Fou
                 and _only_ours_take_masks(module)
             ):
                 windows = all(passed for _, passed in below)
-                yield Found(path, module, SLOT, {"windows": windows}, auxiliary=True)
+                yield Found(path, module, SLOT, {"windows": windows, **settings}, auxiliary=True)
 
 
 def verify(found: Found, dtype: torch.dtype) -> str:

@@ -1,0 +1,238 @@
+"""How much work a training step is, and how fast it was done: tokens per second and device, TFLOPS, MFU, HFU.
+
+Model FLOPs are those that the mathematics asks for, whatever the kernels do; hardware FLOPs add the forward pass that
+activation checkpointing repeats. Both count matrix products only, a multiplication and an addition as two.
+Sources: Chowdhery et al., PaLM (arXiv 2204.02311), appendix B; Korthikanti et al. (arXiv 2205.05198) for hardware FLOPs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Dense peak of the matrix units in bf16 and fp16, operations a second, from the makers' data sheets. The first name that
+# the device's own contains counts. H100 without more is the SXM module.
+_PEAKS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "MI300X": 1307e12,
+}
+CONVENTIONS = ("causal", "palm")
+
+
+def peak_flops(device: str | torch.device, dtype: torch.dtype) -> float | None:
+    """Operations a second that the matrix units of `device` do at best in `dtype`, dense; None where that is not known.
+
+    Args:
+        device: a torch device, or the name of one as ``torch.cuda.get_device_name`` gives it.
+        dtype: of the operands. Peaks are known for bf16 and fp16; fp32's depends on torch's settings for TF32.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return None
+    if isinstance(device, torch.device):
+        if device.type != "cuda":
+            return None
+        device = torch.cuda.get_device_name(device)
+    words = device.replace("-", " ").split()
+    for name, peak in _PEAKS.items():
+        if all(word in words for word in name.split()):
+            return peak
+    return None
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of one training step: `model` as the mathematics asks, `hardware` with what checkpointing repeats."""
+
+    model: float
+    hardware: float
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """What a step, or many, did in `seconds` on `devices`. Tokens are counted three ways: every position of the batch,
+    those that are not padding, and those whose prediction is trained on."""
+
+    seconds: float
+    tokens: int
+    real_tokens: int
+    trainable_tokens: int
+    flops: StepFlops
+    devices: int = 1
+    peak: float | None = None  # operations a second of one device, see peak_flops
+
+    @property
+    def tokens_per_s(self) -> float:
+        """TGS over all positions: tokens per second and device."""
+        return self.tokens / self.seconds / self.devices
+
+    @property
+    def real_tokens_per_s(self) -> float:
+        return self.real_tokens / self.seconds / self.devices
+
+    @property
+    def trainable_tokens_per_s(self) -> float:
+        return self.trainable_tokens / self.seconds / self.devices
+
+    @property
+    def tflops(self) -> float:
+        """Model TFLOPS of one device."""
+        return self.flops.model / self.seconds / self.devices / 1e12
+
+    @property
+    def hardware_tflops(self) -> float:
+        return self.flops.hardware / self.seconds / self.devices / 1e12
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilisation: the share of the peak; None where the peak is not known."""
+        return self.tflops * 1e12 / self.peak if self.peak else None
+
+    @property
+    def hfu(self) -> float | None:
+        """Hardware FLOPs utilisation."""
+        return self.hardware_tflops * 1e12 / self.peak if self.peak else None
+
+
+def step_flops(model: nn.Module, lengths: Sequence[int], *, convention: str = "causal") -> StepFlops:
+    """FLOPs of one training step (forward and backward) of a causal language model of Transformers.
+
+    A token costs 6·(N - N_embedding): 2 for each weight forward, 2 for the gradient of the activations, 2 for that of
+    the weight. A frozen weight takes 4; a weight of an expert counts for the share of the experts that a token visits;
+    a table that only looks up counts nothing, a head tied to it does. Attention costs 6·H·D·Σs² per layer under the causal
+    mask, less where a window hides more; D is the mean of the widths of keys and values where they differ.
+    Padding is not work: FLOPs are those of the real tokens.
+
+    Args:
+        model: plain, patched, wrapped by PEFT, or with parameters sharded by ZeRO-3. Layers for which gradient
+            checkpointing is on add their forward pass to `hardware`.
+        lengths: real tokens of every document in the batch, without padding: rows, or the parts of packed rows.
+        convention: "causal", or "palm" for 12·H·D·Σs², PaLM's count without the causal discount.
+
+    Raises:
+        ValueError: unknown convention, a negative length, or a model whose config does not tell its attention heads.
+    """
+    if convention not in CONVENTIONS:
+        raise ValueError(f"convention must be one of {', '.join(CONVENTIONS)}, got {convention!r}")
+    if any(length < 0 for length in lengths):
+        raise ValueError(f"lengths must not be negative, got {min(lengths)}")
+    tokens = sum(lengths)
+    repeated = _checkpointed(model)
+    model_flops = again = 0.0
+    for name, parameter, used in _weights(model):
+        count = 2.0 * used * tokens
+        model_flops += count * (3 if parameter.requires_grad else 2)
+        if name in repeated.parameters:
+            again += count
+    forward = [_attention_forward(*layer, lengths, convention) for layer in _attention_layers(model)]
+    model_flops += 3 * sum(forward)
+    return StepFlops(model_flops, model_flops + again + sum(forward) * repeated.share)
+
+
+# ---- weights -----------------------------------------------------------------------------------------------------
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, float]]:
+    """Name, parameter and the number of its elements that act on one token."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    multiplied = {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
+    for name, parameter in model.named_parameters():
+        if id(parameter) in tables and id(parameter) not in multiplied:
+            continue
+        yield name, parameter, _elements(parameter) * _visited(model, name)
+
+
+def _elements(parameter: Tensor) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves an empty tensor in a parameter's place
+
+
+def _visited(model: nn.Module, name: str) -> float:
+    """The share of the tokens that meet this parameter: below 1 only for the experts of a mixture."""
+    if ".experts." not in f".{name}":
+        return 1.0
+    config = _config(model)
+    every = _first(config, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    chosen = _first(config, "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+    if not every or not chosen:
+        raise ValueError(
+            f"{name} belongs to an expert, but the config tells no number of experts, or of those per token"
+        )
+    return min(1.0, chosen / every)
+
+
+@dataclass(frozen=True)
+class _Repeated:
+    parameters: frozenset[str]
+    share: float  # of the layers
+
+
+def _checkpointed(model: nn.Module) -> _Repeated:
+    """The layers whose forward pass runs again in the backward pass."""
+    layers = [
+        (name, m) for name, m in model.named_modules() if isinstance(getattr(m, "gradient_checkpointing", None), bool)
+    ]
+    layers = [(name, m) for name, m in layers if name.rsplit(".", 1)[-1].isdigit()]  # a model has the attribute as well
+    chosen = [(name, m) for name, m in layers if getattr(m, "gradient_checkpointing", False)]
+    names = frozenset(f"{name}.{inner}" for name, m in chosen for inner, _ in m.named_parameters())
+    return _Repeated(names, len(chosen) / len(layers) if layers else 0.0)
+
+
+# ---- attention ---------------------------------------------------------------------------------------------------
+
+
+def _attention_layers(model: nn.Module) -> Iterator[tuple[float, int | None]]:
+    """For every layer with softmax attention: heads x width, and its window."""
+    config = _config(model)
+    heads = _first(config, "num_attention_heads", "n_head", "n_heads")
+    layers = _first(config, "num_hidden_layers", "n_layer", "n_layers")
+    hidden = _first(config, "hidden_size", "n_embd", "d_model")
+    if not heads or not layers or not hidden:
+        raise ValueError(f"the config ({type(config).__name__}) does not tell heads, layers and hidden size")
+    keys = _first(config, "head_dim") or hidden // heads
+    values = keys
+    if _first(config, "kv_lora_rank"):  # multi-head latent attention
+        keys = config.qk_nope_head_dim + config.qk_rope_head_dim
+        values = config.v_head_dim
+    width = heads * (keys + values) / 2
+    window = _first(config, "sliding_window") if getattr(config, "use_sliding_window", True) else None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
+    for kind in kinds[:layers]:
+        if kind == "full_attention":
+            yield width, None
+        elif kind == "sliding_attention":
+            yield width, window
+        elif kind == "chunked_attention":
+            yield width, _first(config, "attention_chunk_size")
+        # others (linear attention, convolutions) have their work in their weights
+
+
+def _attention_forward(width: float, window: int | None, lengths: Sequence[int], convention: str) -> float:
+    if convention == "palm":
+        return 4 * width * sum(length**2 for length in lengths)
+    seen = 0.0
+    for length in lengths:
+        near = min(length, window or length)
+        seen += near**2 / 2 + (length - near) * near
+    return 4 * width * seen
+
+
+def _config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    if config is None:
+        raise ValueError(f"{type(model).__name__} has no config to read heads and layers from")
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _first(config: Any, *names: str) -> int | None:
+    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
