@@ -1,5 +1,6 @@
-"""``python -m bench compare OLD.json NEW.json``: a slow-down shows although machines differ, because each time is taken
-relative to a peer's in the same run. Exit code 1 when a row is slower beyond noise, has vanished or turned WRONG."""
+"""``python -m bench compare OLD.json NEW.json``: What became slower between two runs of a suite. A slow-down shows although
+machines differ, because each time is taken relative to a peer's in the same run. Exit code 1 when a row is slower beyond
+noise, has vanished or turned WRONG."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m bench gpu``, or ``make gpu``: all that a machine with a GPU can tell, in minutes, by the Python it is called with.
+"""All that a machine with a GPU can tell, in minutes, by the Python it is called with: `python -m bench gpu`, or `make gpu`.
 
 Builds the extensions, CUDA included, runs the tests of the ops on the GPU, then the suites at full size against every peer that
 is there, and tries other tiles for attention. Each stage is a process of its own with a time of its own; what it measured is on

@@ -211,7 +211,7 @@ def _training(rows: Sequence[Row]) -> str:
 def _steps(case: str, rows: Sequence[Row]) -> str:
     base, made = rows[0], []
     headings = ["", "step s", "quartiles s", "speed", "tokens/s", "trainable/s", "TFLOPS", "MFU", "HFU", "of matmul"]
-    headings += ["step peak MB", "run peak MB", "loss differs by", "first s"]
+    headings += ["step peak MB", "run growth MB", "loss differs by", "first s"]
     for row in rows:
         memory = [
             f"{megabytes(row[key])} ({ratio(row[key] / base[key])})" if row.get(key) and base.get(key) else "–"

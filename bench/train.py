@@ -84,7 +84,7 @@ def main(arguments: Sequence[str]) -> int:
         f"forward with labels, backward, {OPTIMIZERS[on.name][0]}. All tokens are real; of each row's first nothing is "
         "predicted. TFLOPS: model FLOPs, causal; MFU and HFU: share of the published peak, without and with what "
         "checkpointing repeats; of matmul: TFLOPS over those of a large matrix product in the same run. Step peak: weights, "
-        "optimizer state and the growth within a step; run peak: the most held, preparations included, over the built model"
+        "optimizer state and the growth within a step; run growth: the most held, preparations included, over the built model"
     )
 
     rows: list[dict[str, Any]] = []
@@ -217,7 +217,7 @@ def speeds(rows: list[dict[str, Any]]) -> Table:
 
 
 def memory(rows: list[dict[str, Any]]) -> Table:
-    made = _table(("step peak MB", "", "run peak MB", "", "loss differs by"))
+    made = _table(("step peak MB", "", "run growth MB", "", "loss differs by"))
     for row in rows:
         of_row = [_memory(row, rows[0], key) for key in ("peak_bytes", "peak_over_built_bytes")]
         made.add_row(row["contestant"], *of_row[0], *of_row[1], f"{row['largest_loss_difference']:.1e}")

@@ -8,6 +8,7 @@ has no kernel (another device, float64) to ``torch``.
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 from collections.abc import Iterator
@@ -33,7 +34,8 @@ def _valid(name: str) -> str:
 _blocks: dict[object, str] = {}
 _outside: str | None = None  # what holds when all have ended
 _lock = threading.Lock()
-forced: str | None = _valid(os.environ["FASTLLM_BACKEND"]) if os.environ.get("FASTLLM_BACKEND") else None
+# An unknown name in the environment is an error of the first call, not of the import: `fastllm doctor` tells of it.
+forced: str | None = os.environ.get("FASTLLM_BACKEND") or None
 
 
 @contextmanager
@@ -95,6 +97,8 @@ def refusal(name: str, kernels: frozenset[str], device: torch.device, dtype: tor
     """Why backend `name` cannot run an op with these `kernels` on such a tensor; empty when it can."""
     if name == "torch":
         return ""
+    if name not in NAMES:
+        return f"FASTLLM_BACKEND must be one of {', '.join(NAMES)}, got {name!r}"
     if reason := unavailable(name):
         return reason
     if name not in kernels:
@@ -121,6 +125,12 @@ def select(op: str, kernels: frozenset[str], device: torch.device, dtype: torch.
     return preferred if not refusal(preferred, kernels, device, dtype) else "torch"
 
 
+def by_definition(op: str, reason: str) -> None:
+    """Raises BackendError where a backend is forced and a call is the definition's, which `reason` says why."""
+    if forced not in (None, "torch"):
+        raise BackendError(f"{op}: backend {forced!r} cannot serve this call: {reason}")
+
+
 def explain(op: str, *args: Any, **kwargs: Any) -> str:
     """Says which backend a call of `op` with these arguments would use and why the others would not be.
 
@@ -135,6 +145,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
         ValueError: for an unknown op. TypeError: without a tensor among the arguments.
         BackendError: when a forced backend cannot serve the call.
     """
+    from fastllm import ops
     from fastllm.ops import _op  # the registry of ops sits above this module; looked up only when a person asks
 
     if op in _op.COMPOSED:
@@ -146,6 +157,12 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     if tensor is None:
         raise TypeError(f"explain({op!r}, ...) needs the tensors the op would be called with")
     kernels = _op.PUBLIC[op].kernels
+    bound = inspect.signature(getattr(ops, op)).bind_partial(*args, **kwargs).arguments
+    learned = [n for n in _op.PUBLIC[op].constants if getattr(bound.get(n), "requires_grad", False)]
+    if learned and torch.is_grad_enabled():
+        reason = f"kernels have no gradient for {' and '.join(learned)}"
+        by_definition(op, reason)
+        return f"{op}: torch ({reason})"
     chosen = select(op, kernels, tensor.device, tensor.dtype)
     why = "forced" if forced else f"{tensor.device.type} tensor, {tensor.dtype}"
     if chosen == "cpp":

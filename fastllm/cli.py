@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import logging
 import os
 import sys
 import warnings
@@ -81,8 +82,8 @@ def _parser() -> _Parser:
         "its default sizes are taken) or ORGANISATION/NAME on the Hugging Face Hub (only the configuration is fetched)",
     )
     patch.add_argument("--dry-run", action="store_true", help="required: this command only ever looks")
-    patch.add_argument("--ops", nargs="+", metavar="OP", help="only these ops; default: all")
-    patch.add_argument("--exclude", nargs="+", metavar="OP|GLOB", default=(), help="ops or module paths to leave alone")
+    patch.add_argument("--ops", metavar="OP[,OP...]", help="only these ops; default: all")
+    patch.add_argument("--exclude", metavar="OP|GLOB[,...]", help="ops or module paths to leave alone")
     patch.set_defaults(run=_patch)
     return parser
 
@@ -103,11 +104,19 @@ def _patch(arguments: argparse.Namespace) -> int:
         )
         return 2
     import fastllm
+    from fastllm.patching.patch import OPS
 
+    asked = [op for op in (arguments.ops or "auto").split(",") if op]
+    if unknown := [op for op in asked if op not in ("auto", *OPS)]:
+        print(f"fastllm patch: error: --ops knows {', '.join(OPS)}, not {unknown[0]!r}", file=sys.stderr)
+        return 2
     model = _without_weights(_configuration(arguments.model))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # "changed nothing": said below
-        report = fastllm.patch(model, arguments.ops or "auto", exclude=arguments.exclude)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", UserWarning)
+        report = fastllm.patch(model, asked, exclude=[e for e in (arguments.exclude or "").split(",") if e])
+    for warning in warned:
+        if str(warning.message).startswith("exclude"):  # "changed nothing" is said below
+            print(f"fastllm patch: warning: {warning.message}", file=sys.stderr)
     parameters = sum(p.numel() for p in model.parameters())
     if arguments.json:
         found = {
@@ -121,7 +130,7 @@ def _patch(arguments: argparse.Namespace) -> int:
     else:
         print(f"{report.model}, {parameters / 1e6:,.0f} million parameters, built without weights\n\n{report}")
     if not report.patched:
-        print(f"fastllm patch: error: nothing in {report.model} could be patched", file=sys.stderr)
+        print(f"fastllm patch: error: nothing in {report.model} was patched", file=sys.stderr)
     return 0 if report.patched else 1
 
 
@@ -134,6 +143,8 @@ def _configuration(name: str) -> Any:
     transformers.logging.set_verbosity_error()
     types = transformers.CONFIG_MAPPING
     path = Path(name)
+    if not name:
+        raise ConfigError("MODEL is empty")
     if path.is_dir():
         path /= "config.json"
         if not path.is_file():
@@ -144,13 +155,22 @@ def _configuration(name: str) -> Any:
         except ValueError as error:
             raise ConfigError(f"{path} is not JSON: {error}") from None
         model_type = values.get("model_type") if isinstance(values, dict) else None
-        if not isinstance(model_type, str) or model_type not in types:
+        if not isinstance(model_type, str):
+            raise ConfigError(f"{path} names no model_type: it is no configuration of a model")
+        if model_type not in types:
             raise ConfigError(f"{path}: transformers {transformers.__version__} has no model_type {model_type!r}")
-        return types[model_type].from_dict(values)
+        try:
+            return types[model_type].from_dict(values)
+        except Exception as error:  # transformers' own checks of its fields, of many types
+            raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
     if name in types:
         return types[name]()
     if name.count("/") == 1 and not name.startswith((".", "/")):
-        return transformers.AutoConfig.from_pretrained(name)
+        logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # a line for each of its retries
+        try:
+            return transformers.AutoConfig.from_pretrained(name)
+        except Exception as error:
+            raise ConfigError(f"no configuration of {name}: {(str(error).strip().splitlines() or [''])[0]}") from error
     near = difflib.get_close_matches(name, list(types), n=3)
     raise ConfigError(
         f"{name!r} is no folder, no file and no model type of transformers {transformers.__version__}"

@@ -107,7 +107,7 @@ def _mend(name: str) -> str:
             return (
                 f"torch {torch.__version__} does not use the GPU driver that is here; see pytorch.org for one that does"
             )
-        return "nothing to mend without a GPU: CPU tensors are served by cpp"
+        return "nothing to mend without a GPU"
     return "nothing to mend: GPU tensors are served by triton"
 
 
@@ -176,7 +176,9 @@ def render(report: Report) -> str:
         if backend["mend"]:
             rows.append(("", f"  {backend['mend']}"))
     if report["forced_backend"]:
-        rows.append(("forced", f"{report['forced_backend']} (by FASTLLM_BACKEND)"))
+        known = report["forced_backend"] in backends.NAMES
+        doubt = "" if known else f": no backend, and every op will fail; the names are {', '.join(backends.NAMES)}"
+        rows.append(("forced", f"{report['forced_backend']} (by FASTLLM_BACKEND){doubt}"))
     if measured:
         rows.append(("", ""))
     for m in measured:

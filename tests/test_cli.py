@@ -1,6 +1,7 @@
 """The command line as a shell sees it: output, exit codes, errors in one line."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -105,7 +106,7 @@ def test_patch_dry_run_with_nothing_to_patch_fails(capsys, folder):
     code, out, err = run(capsys, "patch", str(folder), "--dry-run", "--ops", "layer_norm")
     assert code == 1
     assert "layer_norm" in out
-    assert err == "fastllm patch: error: nothing in LlamaForCausalLM could be patched\n"
+    assert err == "fastllm patch: error: nothing in LlamaForCausalLM was patched\n"
 
 
 def test_patch_without_dry_run_points_to_python(capsys):
@@ -121,7 +122,8 @@ def test_patch_without_dry_run_points_to_python(capsys):
     [
         (None, "has no config.json"),
         ("{not json", "is not JSON"),
-        ("[]", "has no model_type None"),
+        ("[]", "names no model_type"),
+        ('{"model_type": "llama", "hidden_size": "abc"}', "config.json: Validation error for field 'hidden_size'"),
         ('{"model_type": "no_such_model"}', "has no model_type 'no_such_model'"),
     ],
 )
@@ -141,9 +143,32 @@ def test_an_unknown_model_type_gets_a_suggestion(capsys):
 
 
 def test_an_unknown_op_is_named(capsys, folder):
-    code, _, err = run(capsys, "patch", str(folder), "--dry-run", "--ops", "nothing")
-    assert code == 1
+    code, _, err = run(capsys, "patch", "--dry-run", "--ops", "rope,nothing", str(folder))
+    assert code == 2
     assert "'nothing'" in err
+
+
+def test_ops_and_exclude_take_lists_and_tell_what_matches_nothing(capsys, folder):
+    code, out, err = run(
+        capsys, "patch", "--dry-run", "--json", "--ops", "rope,glu", "--exclude", "glu,mdoel.*", str(folder)
+    )
+    assert code == 0
+    assert list(json.loads(out)["counts"]) == ["rope"]
+    assert "'mdoel.*' is no op" in err
+    assert err.count("\n") == 1
+
+
+def test_an_unknown_backend_in_the_environment_is_told_and_forced_on_nothing():
+    for command, told in (
+        ("doctor --no-measure", "no backend, and every op will fail"),
+        ("patch llama --dry-run", "got 'foo'"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "fastllm", *command.split()], capture_output=True, text=True,
+            env={**os.environ, "FASTLLM_BACKEND": "foo"},
+        )  # fmt: skip
+        assert "Traceback" not in done.stderr
+        assert told in (done.stdout + done.stderr)
 
 
 @pytest.mark.parametrize("arguments", [(), ("doctor",), ("patch",)])

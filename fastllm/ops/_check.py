@@ -50,6 +50,8 @@ def apart(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) 
 
 def in_range(name: str, value: float, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
     """low <= value <= high, or low < value where `open_low`; an infinite bound must not be reached."""
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number, got {repr(value)[:60]}")
     above = value > low if open_low else value >= low
     if not above or not value <= high or value in (float("inf"), float("-inf")):
         bounds = f"{'>' if open_low else '>='} {low}" + (f" and <= {high}" if high != float("inf") else "")

@@ -46,7 +46,8 @@ class Op:
         save, backward: the gradient, ``save(ctx, inputs, output)`` and ``backward(ctx, *grads)`` as in
             ``torch.library.register_autograd``. Without them the gradient is the definition's, which for a backward
             op is what makes a gradient of a gradient right.
-        public: the public functions this op serves, for ``backends.explain``.
+        public: the public functions this op serves, for ``backends.explain``; constants: their arguments for which no kernel
+            finds a gradient, so that the definition serves where one requires it.
     """
 
     def __init__(
@@ -61,9 +62,10 @@ class Op:
         save: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
         public: Sequence[str] = (),
+        constants: Sequence[str] = (),
     ) -> None:
         self.name = schema.split("(", 1)[0]
-        self.definition = definition
+        self.definition, self.constants = definition, tuple(constants)
         self._triton = triton
         self._launcher = composed
         LIBRARY.define(schema, tags=_TAGS)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastllm import backends
 from fastllm.ops import _check
 from fastllm.ops._op import Op
 
@@ -33,9 +34,9 @@ def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: b
         if not isinstance(table, Tensor) or not table.is_floating_point():
             _check.is_floating(name, table)
         if table.dim() != 3 or table.shape[1] != q.shape[2] or table.shape[0] not in (1, q.shape[0]):
+            batch = "1" if q.shape[0] == 1 else f"1 or {q.shape[0]}"
             raise ValueError(
-                f"{name} must have shape (1 or {q.shape[0]}, {q.shape[2]}, R) for q of shape {tuple(q.shape)}, "
-                f"got {tuple(table.shape)}"
+                f"{name} must have shape ({batch}, {q.shape[2]}, R) for q {tuple(q.shape)}, got {tuple(table.shape)}"
             )
         if table.device != q.device:
             _check.same_device(name, table, "q", q)
@@ -45,6 +46,7 @@ def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: b
         )
     check_rotated("cos", cos.shape[2], q)
     if (cos.requires_grad or sin.requires_grad) and torch.is_grad_enabled():
+        backends.by_definition("apply_rope", "kernels have no gradient for cos and sin")
         return _definition(q, k, cos, sin, interleaved, False)
     if cos.dtype == torch.float64 and q.dtype != torch.float64:
         cos, sin = cos.float(), sin.float()
@@ -134,4 +136,5 @@ _apply_rope = Op(
     save=_save,
     backward=_backward,
     public=["apply_rope"],
+    constants=["cos", "sin"],
 )

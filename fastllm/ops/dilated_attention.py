@@ -53,6 +53,10 @@ def dilated_attention(
     scale = check_scores(q, scale, None, 0, None, None, None)
     if q.shape[2] != k.shape[2]:
         raise ValueError(f"q and k must have one length, got {q.shape[2]} and {k.shape[2]}")
+    if not isinstance(segment_lengths, Sequence) or not isinstance(dilation_rates, Sequence):
+        raise TypeError(
+            f"segment_lengths and dilation_rates must be sequences of integers, got {segment_lengths!r} and {dilation_rates!r}"
+        )
     patterns = list(zip(segment_lengths, dilation_rates))
     if not patterns or len(segment_lengths) != len(dilation_rates) or any(w < 1 or r < 1 for w, r in patterns):
         raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastllm import backends
 from fastllm.ops import _check
 from fastllm.ops._op import Op
 from fastllm.ops.apply_rope import check_heads, check_rotated, fake_output, rotate
@@ -55,7 +56,10 @@ def rope(
     _check.same_device("position_ids", position_ids, "q", q)
     _check.same_device("inv_freq", inv_freq, "q", q)
     arguments = (q, k, position_ids.long(), inv_freq, attention_factor, interleaved, False)
-    return _definition(*arguments) if inv_freq.requires_grad and torch.is_grad_enabled() else _rope(*arguments)
+    if inv_freq.requires_grad and torch.is_grad_enabled():
+        backends.by_definition("rope", "kernels have no gradient for inv_freq")
+        return _definition(*arguments)
+    return _rope(*arguments)
 
 
 def _definition(
@@ -97,4 +101,5 @@ _rope = Op(
     save=_save,
     backward=_backward,
     public=["rope"],
+    constants=["inv_freq"],
 )

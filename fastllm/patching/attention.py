@@ -99,13 +99,12 @@ def attention_forward(
         window = sliding_window if mask.dtype == torch.int64 else None
         return _packed(query, key, value, mask.int(), window, options), None
     starts = kwargs.get("cu_seq_lens_q")
-    if (
-        starts is not None
-        and query.shape[0] == 1
-        and (mask is None or mask.dim() == 4)
-        and key.shape[2] == query.shape[2]
-    ):
-        return _packed(query, key, value, starts.int(), sliding_window if causal else None, options), None
+    if starts is not None and query.shape[0] == 1 and key.shape[2] == query.shape[2]:
+        if mask is None:
+            return _packed(query, key, value, starts.int(), sliding_window if causal else None, options), None
+        token = torch.arange(key.shape[2], device=query.device)
+        document = torch.bucketize(token, starts.to(torch.int64), right=True)
+        mask = whole_mask(mask, query, key, causal, sliding_window) & (document.unsqueeze(1) == document)
     if mask is None:
         if causal and 1 < query.shape[2] < key.shape[2]:
             key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]

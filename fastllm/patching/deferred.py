@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastllm.errors import FastLLMError
+
 # Under torch.compile an operator arrives as the function of the operator module, not as the method.
 _PRODUCTS = {operator.mul, torch.mul, torch.multiply, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
 _QUOTIENTS = {operator.truediv, torch.div, torch.true_divide, Tensor.div, Tensor.__truediv__}
@@ -155,9 +157,21 @@ class DeferredLogits(Deferred):
         self.softcap: float | None = None
         self.steps: tuple[Callable[[Tensor], Tensor], ...] = ()  # the same chain, to compute exactly as the model would
         kind = hidden.device.type
-        self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        self.dtype = torch.get_autocast_dtype(kind) if autocast else hidden.dtype
+        self.versions = self._versions()
+
+    def _versions(self) -> list[int]:
+        if torch.compiler.is_compiling():
+            return []
+        return [t._version for t in (self.hidden, self.weight, self.bias) if t is not None]
 
     def _compute(self) -> Tensor:
+        if self.versions and self._versions() != self.versions:
+            raise FastLLMError(
+                "outputs.logits of a patched model in training are computed when first used, and the output head has changed "
+                "since the forward pass (an optimizer step?): use them before it, or patch with exclude='loss'"
+            )
         logits = torch.nn.functional.linear(self.hidden, self.weight, self.bias)
         for step in self.steps:
             logits = step(logits)
@@ -168,6 +182,7 @@ class DeferredLogits(Deferred):
     ) -> DeferredLogits:
         after = DeferredLogits(self.hidden, self.weight, self.bias)
         after.scale, after.softcap, after.steps, after.dtype = scale, softcap, (*self.steps, step), dtype
+        after.versions = self.versions
         return after
 
     def times(self, factor: Any) -> Any:

@@ -6,7 +6,7 @@ import fnmatch
 import importlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from fastllm.errors import PatchError
 from fastllm.ops import _op
 from fastllm.patching.dilated import DilatedConfig
 from fastllm.patching.replacement import Replacement, install, remove, replaced_by
-from fastllm.patching.report import Patched, PatchReport, Skipped
+from fastllm.patching.report import ABSENT, Patched, PatchReport, Skipped
 from fastllm.patching.rules import Found
 
 # op name -> its rule in fastllm.patching.rules, in the order they are applied
@@ -52,7 +52,8 @@ def patch(
             "glu", "attention", "loss". A mapping holds options for an op, or None: {"attention": DilatedConfig(...)} makes
             the model's attention LongNet's.
         exclude: op names to leave out, and globs of module paths to leave alone ("model.layers.0.*", "*.q_norm").
-        strict: raise, and leave the model as it was, unless every requested op was applied somewhere.
+        strict: raise, and leave the model as it was, unless every requested op was applied somewhere; with "auto", every
+            op that the model has.
         verify: run every replaced kind of module once against its original, forward and backward, in fp32 and in the
             model's dtype; put back what disagrees.
 
@@ -60,25 +61,53 @@ def patch(
         PatchReport: what runs on a kernel now, what was left and why. Nothing is skipped silently.
 
     Raises:
-        ValueError: an unknown op. TypeError: model is not a module.
+        ValueError: an unknown op. TypeError: model is not a module, or ops or exclude are no names.
         PatchError: with ``strict``, naming each requested op that could not be applied.
 
     Warns:
-        UserWarning: when nothing could be patched.
+        UserWarning: when nothing could be patched, or an entry of `exclude` names no op and matches no module.
 
-    In a training step with labels, ``outputs.logits`` of a patched causal LM is computed when it is first used.
+    In a training step with labels, ``outputs.logits`` of a patched causal LM is computed when it is first used, and raises
+    FastLLMError when that is after the optimizer has changed the head.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     asked, options = _requested(ops)
-    excluded = [exclude] if isinstance(exclude, str) else list(exclude)
-    for name in excluded:
-        if not isinstance(name, str):
-            raise TypeError(f"exclude holds op names and path globs as strings, got {name!r}")
+    excluded = _names("exclude", exclude, "op names and path globs")
     wanted = [op for op in asked if op not in excluded]
     globs = [e for e in excluded if e not in OPS]
+    for glob in globs:
+        if not any(fnmatch.fnmatchcase(path, glob) for path, _ in model.named_modules()):
+            warnings.warn(
+                f"exclude: {glob!r} is no op ({', '.join(OPS)}) and matches no module of {type(model).__name__}",
+                stacklevel=2,
+            )
 
     report = PatchReport(type(model).__name__)
+    with _as_outside():
+        installed = _apply(model, wanted, options, globs, verify, report)
+    report.skipped += [Skipped("", op, "excluded") for op in asked if op in excluded]
+    missing = [op for op in wanted if op not in report.counts]
+    if ops == "auto" and report.patched:
+        missing = [op for op in missing if Skipped("", op, ABSENT) not in report.skipped]
+    if strict and missing:
+        for found in installed:
+            remove(found.module)
+        reasons = "; ".join(f"{op} ({_reasons(report, op)})" for op in missing)
+        raise PatchError(f"{type(model).__name__}: could not apply {reasons}")
+    if not report.patched:
+        warnings.warn(
+            f"fastllm.patch changed nothing in {type(model).__name__}: "
+            + ("; ".join(f"{op}: {_reasons(report, op)}" for op in asked) or "no op was asked for"),
+            stacklevel=2,
+        )
+    return report
+
+
+def _apply(
+    model: nn.Module, wanted: list[str], options: dict[str, Any], globs: list[str], verify: bool, report: PatchReport
+) -> list[Found]:
+    """Finds, verifies and installs; tells the report."""
     installed: list[Found] = []
     for op in wanted:
         rule = importlib.import_module(f"fastllm.patching.rules.{RULES[op]}")
@@ -103,27 +132,28 @@ def patch(
                 install(RULES[op], found.module, found.slot, found.settings)
                 installed.append(found)
             if not found.auxiliary:
-                report.patched.append(Patched(found.path, op, _backend(rule, found.module)))
+                report.patched.append(Patched(found.path, op, _backend(rule, found.module, model)))
         if not any_found and not any(s.op == op for s in report.skipped):
-            report.skipped.append(Skipped("", op, "no module of this model has it"))
+            report.skipped.append(Skipped("", op, ABSENT))
+    return installed
 
-    missing = [op for op in wanted if op not in report.counts]
-    if strict and missing:
-        for found in installed:
-            remove(found.module)
-        reasons = "; ".join(f"{op} ({_reasons(report, op)})" for op in missing)
-        raise PatchError(f"{type(model).__name__}: could not apply {reasons}")
-    if not report.patched:
-        warnings.warn(
-            f"fastllm.patch changed nothing in {type(model).__name__}: "
-            + "; ".join(f"{op}: {_reasons(report, op)}" for op in wanted),
-            stacklevel=2,
-        )
-    return report
+
+@contextmanager
+def _as_outside() -> Iterator[None]:
+    """Probes and verification mean the same wherever patch is called: no autocast, gradients as ever."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device in ("cpu", "cuda"):
+            if torch.amp.is_autocast_available(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def unpatch(model: nn.Module) -> None:
     """Undoes ``patch``: the model computes what it did before, bit for bit, and carries no trace of the patch."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
         remove(module)
 
@@ -145,10 +175,10 @@ def patched(
 
 def _requested(ops: str | Iterable[str] | Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
     """The ops asked for, in order, and the options of those that have any."""
-    if isinstance(ops, str):
-        ops = list(RULES) if ops == "auto" else [ops]
     options = {op: value for op, value in ops.items() if value is not None} if isinstance(ops, Mapping) else {}
-    asked = list(dict.fromkeys(ops))
+    asked = _names("ops", ops, "op names")
+    if asked == ["auto"]:
+        asked = list(RULES)
     for op in asked:
         if op not in OPS:
             raise ValueError(f"ops must be 'auto' or any of {', '.join(map(repr, OPS))}, got {op!r}")
@@ -156,6 +186,14 @@ def _requested(ops: str | Iterable[str] | Mapping[str, Any]) -> tuple[list[str],
         if op != "attention" or not isinstance(value, DilatedConfig):
             raise TypeError(f"ops[{op!r}] must be None or, of 'attention', a DilatedConfig, got {value!r}")
     return asked, options
+
+
+def _names(argument: str, given: Any, what: str) -> list[str]:
+    names = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [given]
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"{argument} must hold {what} as strings, got {given!r}")
+    return list(dict.fromkeys(names))
 
 
 def _verify(rule: Any, found: Found, model: nn.Module) -> str:
@@ -174,8 +212,8 @@ def _slots_of(module: nn.Module) -> set[str]:
     return {name for name, value in module.__dict__.items() if isinstance(value, Replacement)}
 
 
-def _backend(rule: Any, module: nn.Module) -> str:
-    parameter = next(iter(module.parameters()), None)
+def _backend(rule: Any, module: nn.Module, model: nn.Module) -> str:
+    parameter = next(iter(module.parameters()), next(iter(model.parameters()), None))
     device = parameter.device if parameter is not None else torch.device("cpu")
     dtype = parameter.dtype if parameter is not None else torch.float32
     op = _op.PUBLIC[getattr(rule, "KERNEL", rule.OP)]

@@ -33,6 +33,10 @@ class Replacement:
         return type(self), (self.rule, self.module, self.slot, self.settings, self.previous)
 
     @property
+    def __code__(self) -> Any:  # torch.export asks a model's forward for it
+        return inspect.unwrap(type(self.module).forward).__code__
+
+    @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(original_forward(self.module))
 

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+ABSENT = "no module of this model has it"
+
 
 @dataclass(frozen=True)
 class Patched:
@@ -46,9 +48,12 @@ class PatchReport:
         lines = [f"fastllm patched {self.model}: {counts}"]
         rows = [("op", "where", "how")]
         rows += [(op, path, backend) for (op, backend), paths in _group(self.patched, "backend") for path in paths]
-        rows += [(op, path, f"left: {why}") for (op, why), paths in _group(self.skipped, "reason") for path in paths]
+        left = [s for s in self.skipped if s.reason != ABSENT]
+        rows += [(op, path, f"left: {why}") for (op, why), paths in _group(left, "reason") for path in paths]
         widths = [max(len(row[i]) for row in rows) for i in range(2)]
-        lines += [f"  {op:<{widths[0]}}  {path:<{widths[1]}}  {how}" for op, path, how in rows]
+        lines += [f"  {op:<{widths[0]}}  {path:<{widths[1]}}  {how}" for op, path, how in rows if len(rows) > 1]
+        if absent := [s.op for s in self.skipped if s.reason == ABSENT]:
+            lines.append(f"  not in this model: {', '.join(absent)}")
         return "\n".join(lines)
 
 

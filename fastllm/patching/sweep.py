@@ -282,6 +282,9 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import transformers
 
+    for path in (options.markdown, options.json):
+        if path is not None and not path.parent.is_dir():
+            parser.error(f"cannot write {path}: there is no folder {path.parent}")
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     results = []
@@ -290,6 +293,8 @@ def main(arguments: list[str] | None = None) -> int:
         counts = ", ".join(f"{op} {n}" for op, n in sorted(result.counts.items()))
         layers = f" {result.layers_patched}/{result.layers} layers;" if result.layers else ""
         print(f"{result.family:28} {result.status:16}{layers} {counts} {result.reason}", flush=True)
+    if not results:
+        parser.error(f"no model type of transformers {transformers.__version__} matches {options.only!r}")
     by = {s: sum(r.status == s for r in results) for s in ("matches", "wrong", "nothing to patch", "not built")}
     print(f"{len(results)} families: " + ", ".join(f"{n} {s}" for s, n in by.items()))
     if options.markdown:

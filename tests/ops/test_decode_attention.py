@@ -11,7 +11,7 @@ from tests.ops.harness import each_backend, each_dtype
 @st.composite
 def calls(draw):
     kv_heads, group = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2, 4, 8]))
-    shape = (draw(st.sampled_from([1, 3])), kv_heads, group, draw(st.sampled_from([1, 1, 2, 5])))
+    shape = (draw(st.sampled_from([1, 3])), kv_heads, group, draw(st.sampled_from([1, 1, 2, 5, 19])))
     room = draw(st.sampled_from([1, 5, 64, 65, 300, 700]))
     widths = (draw(st.sampled_from([8, 20, 64, 128])), draw(st.sampled_from([8, 64, 72])))
     options = {

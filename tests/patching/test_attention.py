@@ -257,3 +257,18 @@ def test_a_longnet_generates_over_a_cache_of_fixed_size_and_refuses_one_that_for
     kept = model.generate(tokens(2, 9), past_key_values=DynamicCache(), **options)
     whole = model(kept.sequences, use_cache=False).logits[:, 8:-1]
     torch.testing.assert_close(torch.stack(kept.logits, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_documents_and_a_mask_given_together_both_hold():
+    model, _ = pair("llama")
+    ids, bounds = tokens(1, 10), torch.tensor([0, 4, 10], dtype=torch.int32)
+    i = torch.arange(10)
+    document = (i >= 4).long()
+    hidden = torch.ones(10, 10, dtype=torch.bool)
+    hidden[7:, 5] = False
+    whole = ((i <= i.unsqueeze(1)) & (document == document.unsqueeze(1)) & hidden)[None, None]
+    with torch.no_grad():
+        expected = model(ids, attention_mask=whole, use_cache=False).logits
+        for mask in (whole, ((i <= i.unsqueeze(1)) & hidden)[None, None]):
+            options = {"attention_mask": mask, "use_cache": False, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+            torch.testing.assert_close(model(ids, **options).logits, expected, rtol=1e-5, atol=1e-5)

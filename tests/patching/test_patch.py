@@ -326,7 +326,7 @@ def test_a_model_with_nothing_to_patch_warns():
     [
         ({"ops": "rmsnorm"}, ValueError, "ops must be 'auto' or any of 'rms_norm'.*got 'rmsnorm'"),
         ({"ops": ["loss", "x"]}, ValueError, "got 'x'"),
-        ({"exclude": [3]}, TypeError, "exclude holds op names and path globs"),
+        ({"exclude": [3]}, TypeError, "exclude must hold op names and path globs"),
     ],
 )
 def test_bad_arguments_are_named(arguments, error, message):
@@ -369,3 +369,68 @@ def test_forced_definition_serves_a_patched_model():
 def test_import_of_fastllm_does_not_import_transformers():
     code = "import sys, fastllm; sys.exit('transformers' in sys.modules or 'triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_strict_with_auto_asks_for_what_the_model_has():
+    report = fastllm.patch(llama(), strict=True)
+    assert "layer_norm" not in report.counts
+    assert "not in this model: layer_norm" in str(report)
+    model = llama()
+    model.model.norm.forward = lambda x: x
+    model.model.layers.requires_grad_(False)
+    for layer in model.model.layers:
+        layer.input_layernorm.forward = layer.post_attention_layernorm.forward = lambda x: x
+    with pytest.raises(fastllm.PatchError, match="rms_norm"):
+        fastllm.patch(model, strict=True)
+
+
+def test_logits_read_after_the_head_has_changed_are_an_error_and_not_others():
+    model = llama()
+    fastllm.patch(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    before = model(tokens(), labels=tokens())
+    kept = before.logits.detach()
+    late = model(tokens(), labels=tokens())
+    late.loss.backward()
+    optimizer.step()
+    assert torch.equal(before.logits.detach(), kept)  # computed while it could be
+    with pytest.raises(fastllm.FastLLMError, match="changed since the forward pass"):
+        late.logits.argmax(-1)
+
+
+@pytest.mark.parametrize(
+    "context", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16), torch.no_grad]
+)
+def test_what_is_patched_does_not_depend_on_where_patch_is_called(context):
+    expected = fastllm.patch(llama()).counts
+    with context():
+        assert fastllm.patch(llama()).counts == expected
+
+
+def test_what_is_excluded_is_told_and_what_matches_nothing_warns():
+    with pytest.warns(UserWarning, match="'rmsnorm' is no op .* matches no module of LlamaForCausalLM"):
+        report = fastllm.patch(llama(), exclude=["rmsnorm", "loss"])
+    assert ("", "loss", "excluded") in [(s.path, s.op, s.reason) for s in report.skipped]
+    with pytest.warns(UserWarning, match="changed nothing in LlamaForCausalLM: no op was asked for"):
+        fastllm.patch(llama(), ops=[])
+    for wrong in ({"ops": 3}, {"ops": None}, {"exclude": 3}):
+        with pytest.raises(TypeError, match=f"{next(iter(wrong))} must hold"):
+            fastllm.patch(llama(), **wrong)
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module, got int"):
+        fastllm.unpatch(3)
+
+
+def test_a_patched_model_exports_and_runs_on_the_meta_device():
+    model = llama().eval()
+    fastllm.patch(model)
+    exported = torch.export.export(model, (tokens(),), {"use_cache": False}, strict=False)
+    torch.testing.assert_close(exported.module()(tokens(), use_cache=False).logits, model(tokens()).logits)
+    report = fastllm.patch(llama().double())
+    assert {p.backend for p in report.patched} == {"torch"}  # the glu's activation has no parameters of its own
+    assert model.to("meta")(tokens().to("meta")).logits.shape == (2, 16, 97)
+
+
+def test_torchs_own_norm_is_patched_when_its_epsilon_is_a_number():
+    assert fastllm.patch(torch.nn.Sequential(torch.nn.RMSNorm(8, eps=1e-6)), "rms_norm").counts == {"rms_norm": 1}
+    with pytest.warns(UserWarning, match="none of its attributes is an epsilon"):
+        fastllm.patch(torch.nn.Sequential(torch.nn.RMSNorm(8)), "rms_norm")

@@ -828,6 +828,17 @@ def decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Tensor, sink_logits: Tensor | None,
     alibi_slopes: Tensor | None, scale: float, window: int, sinks: int, softcap: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    most = max(1, _MOST_DECODED // (q.shape[1] // k_cache.shape[1]))
+    if q.shape[2] > most:  # more queries than a program has room for: the last ones stand last, the others before them
+        parts = []
+        for first in range(0, q.shape[2], most):
+            part = q[:, :, first : first + most]
+            ends = (cache_lengths - (q.shape[2] - first - part.shape[2])).clamp(min=0)
+            parts.append(decode(part, k_cache, v_cache, ends, sink_logits, alibi_slopes, scale, window, sinks, softcap))
+        out, lse = _fresh_out(q, v_cache.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
+        for n, part in enumerate(parts):
+            out[:, :, n * most : (n + 1) * most], lse[:, :, n * most : (n + 1) * most] = part
+        return out, lse
     c = _call(q, k_cache, v_cache, alibi_slopes, None, None, None, scale, True, window, sinks, softcap)
     window, sinks = c.numbers["window"], c.numbers["sinks"]
     batch, heads, queries, _ = q.shape
@@ -853,6 +864,9 @@ def decode(
         queries, splits, SINK_LOGITS=sink_logits is not None, DV=channels, BLOCK_DV=c.flags["BLOCK_DV"],
     )  # fmt: skip
     return out, lse
+
+
+_MOST_DECODED = 64  # rows of a program: new tokens times the heads that share a key head
 
 
 def _decode_tiles(dtype: torch.dtype) -> tuple[int, int]:

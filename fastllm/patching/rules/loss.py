@@ -46,11 +46,16 @@ def find(model: nn.Module) -> Iterator[Found | Skipped]:
         where = f"{path}.{name}" if path and name else (name or path)
         if name is None or type(head) is not nn.Linear:
             yield Skipped(
-                where or path, OP, "its head is no plain nn.Linear: logits are computed, their cross entropy is fused"
+                where or path,
+                OP,
+                "the head stays as it is, for it is no plain nn.Linear: its logits are computed, their cross entropy is fused",
             )
         elif occupied(head, slot_of(head)) or occupied(module, slot_of(module)):
             yield Skipped(
-                where, OP, "its forward was replaced by other code: logits are computed, their cross entropy is fused"
+                where,
+                OP,
+                "the head stays as it is, for its forward was replaced by other code: its logits are computed, their cross "
+                "entropy is fused",
             )
         else:
             yield Found(where, head, slot_of(head), {"part": "head"}, "head", auxiliary=True)

@@ -23,7 +23,7 @@ def find(model: nn.Module) -> Iterator[Found | Skipped]:
         channels = _channels(module)
         if channels is None:
             if "rmsnorm" in type(module).__name__.lower() and not module._modules:
-                yield Skipped(path, OP, "not one weight and one input: its forward takes more than the hidden states")
+                yield Skipped(path, OP, _why_not(module))
             continue
         slot = slot_of(module)
         if occupied(module, slot):
@@ -59,6 +59,14 @@ def verify(found: Found, dtype: torch.dtype) -> str:
     return probing.disagreement(
         original_forward(clone), bind(clone, found.settings), [x], list(clone.parameters()), dtype
     )
+
+
+def _why_not(module: nn.Module) -> str:
+    if not probing.takes_one_argument(module):
+        return "its forward takes more than the hidden states"
+    if not probing.small_numbers(module):
+        return "none of its attributes is an epsilon (torch.nn.RMSNorm takes the dtype's own unless eps is given)"
+    return "it has other parameters or buffers than one weight of one dimension"
 
 
 def _channels(module: nn.Module) -> int | None:
@@ -100,4 +108,4 @@ def _recognise(module: nn.Module, channels: int) -> dict[str, Any] | str:
                         return {"weight": name, "eps": eps, "weight_offset": offset, "cast_back": keeps}
     except Exception as error:
         return f"a probe of its forward failed: {type(error).__name__}: {error}"
-    return "not an RMS norm: a numerical probe differs"
+    return "not an RMS norm: on random numbers it computes something else"

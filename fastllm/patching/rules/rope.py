@@ -39,7 +39,7 @@ def find(model: nn.Module) -> Iterator[Found | Skipped]:
         elif plain is not forward:
             yield Skipped(path, OP, "its forward is wrapped by a decorator, which a copy would lose")
         elif not any(layouts.values()):
-            yield Skipped(path, OP, f"{names[0]} is not a rotation that apply_rope has: a numerical probe differs")
+            yield Skipped(path, OP, f"{names[0]} computes something else on random numbers than apply_rope can")
         else:
             layouts = {n: layout for n, layout in layouts.items() if layout}
             yield Found(path, module, slot, {"layouts": layouts}, (plain, tuple(layouts.items())))
