@@ -320,19 +320,23 @@ struct Forward {
 // and values. Keys are split among items, whose sums are joined afterwards.
 template <class T>
 struct Few {
+  using U = typename Operand<T>::type;
+  static constexpr int per_unit = Operand<T>::per_unit;
   static constexpr int64_t block = 128, together = 4;  // keys at a time; queries whose sums share the registers
   const Attention& p;
-  int64_t key_width, width, row_size;
-  float *queries, *scores;
+  int64_t units, key_width, width, row_size;  // units of a query, and with room for whole vectors
+  float *queries, *scores, *weights;
   int64_t size;
 
   Few(const Attention& p, int64_t rows, float* memory) : p(p) {
-    key_width = round_up(p.channels, Vec::W);
+    units = p.channels / per_unit;
+    key_width = round_up(units, Vec::W);
     width = round_up(p.value_channels, Vec::W);
     row_size = attention_row_size(p.value_channels);
     Pieces pieces{memory};
     queries = pieces.floats(rows * key_width);
     scores = pieces.floats(rows * block);
+    weights = pieces.floats(rows * block / per_unit);
     size = pieces.total;
   }
 
@@ -341,8 +345,9 @@ struct Few {
     const int64_t group = p.heads / p.kv_heads, rows = group * s.queries;
     for (int64_t r = 0; r < rows; ++r) {
       const T* q = token_of<T>(p.q, p.q_step, s.batch, item.kv_head * group + r / s.queries, s.first_query + r % s.queries);
-      float* row = queries + r * key_width;
-      for_each_vector(p.channels, [&](int64_t c, int lanes) { load(q + c, lanes).store(row + c); });
+      U* row = (U*)(queries + r * key_width);
+      if constexpr (std::is_same_v<T, U>) std::memcpy(row, q, size_t(p.channels) * sizeof(T));
+      else for_each_vector(p.channels, [&](int64_t c, int lanes) { load(q + c, lanes).store(row + c); });
       fill(joined + r * row_size, 0, width, 0.f);
       joined[r * row_size + width] = -infinity, joined[r * row_size + width + 1] = 0.f;
     }
@@ -361,22 +366,23 @@ struct Few {
     const int64_t group = p.heads / p.kv_heads, count = j_end - j, lanes = round_up(count, Vec::W);
     const T* k = token_of<T>(p.k, p.k_step, s.batch, kv_head, s.first_key + j);
     const T* v = token_of<T>(p.v, p.v_step, s.batch, kv_head, s.first_key + j);
-    // The rows after these are asked for while these are worked on: the processor's own prefetching stops at every page.
-    for (int64_t n = 0; n < count; ++n) {
-      prefetch(k + (block + n) * p.k_step.token, p.channels);
-      prefetch(v + (block + n) * p.v_step.token, p.value_channels);
-    }
-    in_groups(rows, [&](int64_t r, auto many) { dots<many()>(k, count, queries + r * key_width, scores + r * block); });
+    in_groups(rows, [&](int64_t r, auto many) {
+      dots<many()>(k, count, queries + r * key_width, scores + r * block, r == 0);
+    });
     for (int64_t r = 0; r < rows; ++r) {
       float *x = scores + r * block, *row = joined + r * row_size;
-      soften(p, s, kv_head * group + r / s.queries, r % s.queries, j, j_end, lanes, true, x, x, row, width, row[width],
-             row[width + 1]);
+      soften(p, s, kv_head * group + r / s.queries, r % s.queries, j, j_end, lanes, true, x, (U*)weights + r * block, row,
+             width, row[width], row[width + 1]);
     }
-    in_groups(rows, [&](int64_t r, auto many) { add<many()>(v, count, scores + r * block, joined + r * row_size); });
+    in_groups(rows, [&](int64_t r, auto many) {
+      add<many()>(v, count, (const U*)weights + r * block, joined + r * row_size, r == 0);
+    });
   }
 
+  // Rows a block further on are asked for while these are worked on, a few at a time: the processor's own prefetching stops
+  // at every page, and many requests at once would have to wait for each other.
   static void prefetch(const T* row, int64_t count) {
-    for (int64_t c = 0; c < count; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + c);
+    for (int64_t c = 0; c < count; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + c, 0, 3);
   }
 
   template <class F>
@@ -386,32 +392,75 @@ struct Few {
     for (; r < rows; ++r) f(r, std::integral_constant<int, 1>());
   }
 
+  // Units of a row of keys as they are multiplied.
+  static Vec units_of(const T* k, int64_t c, int lanes) {
+    if constexpr (per_unit == 2) return load((const float*)k + c, lanes);
+    else return load(k + c, lanes);
+  }
+
+  // x[r * block + j] of Rows queries and Keys keys.
+  template <int Rows, int Keys>
+  void dots_of(const T* k, const float* q, float* x) {
+    Vec sum[Rows * Keys];
+#pragma GCC unroll 16
+    for (int n = 0; n < Rows * Keys; ++n) sum[n] = Vec(0.f);
+    for_each_vector(units, [&](int64_t c, int lanes) {
+      Vec key[Keys];
+#pragma GCC unroll 16
+      for (int j = 0; j < Keys; ++j) key[j] = units_of(k + j * p.k_step.token, c, lanes);
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) {
+        const Vec query = load(q + r * key_width + c, lanes);
+#pragma GCC unroll 16
+        for (int j = 0; j < Keys; ++j) sum[r * Keys + j] = multiply_add<per_unit>(query, key[j], sum[r * Keys + j]);
+      }
+    });
+#if defined(FASTLLM_SUMS_AT_ONCE)
+    if constexpr (Rows * Keys == FASTLLM_SUMS_AT_ONCE) {
+      float all[FASTLLM_SUMS_AT_ONCE];
+      sums(sum).store(all);
+      for (int r = 0; r < Rows; ++r) std::memcpy(x + r * block, all + r * Keys, Keys * sizeof(float));
+      return;
+    }
+#endif
+    for (int n = 0; n < Rows * Keys; ++n) x[n / Keys * block + n % Keys] = sum[n].sum();
+  }
+
   template <int Rows>
-  void dots(const T* k, int64_t count, const float* q, float* x) {
-    for (int64_t j = 0; j < count; ++j, k += p.k_step.token) {
-      Vec sum[Rows];
-      for (int r = 0; r < Rows; ++r) sum[r] = Vec(0.f);
-      for_each_vector(p.channels, [&](int64_t c, int lanes) {
-        const Vec key = load(k + c, lanes);
-        for (int r = 0; r < Rows; ++r) sum[r] = fma(key, Vec::load(q + r * key_width + c), sum[r]);
-      });
-      for (int r = 0; r < Rows; ++r) x[r * block + j] = sum[r].sum();
+  void dots(const T* k, int64_t count, const float* q, float* x, bool ahead) {
+    int64_t j = 0;
+#if defined(FASTLLM_SUMS_AT_ONCE)
+    constexpr int keys = FASTLLM_SUMS_AT_ONCE / Rows;
+    for (; j + keys <= count; j += keys) {
+      for (int64_t n = j; ahead && n < j + keys; ++n) prefetch(k + (block + n) * p.k_step.token, p.channels);
+      dots_of<Rows, keys>(k + j * p.k_step.token, q, x + j);
+    }
+#endif
+    for (; j < count; ++j) {
+      if (ahead) prefetch(k + (block + j) * p.k_step.token, p.channels);
+      dots_of<Rows, 1>(k + j * p.k_step.token, q, x + j);
     }
   }
 
   template <int Rows>
-  void add(const T* v, int64_t count, const float* weights, float* joined) {
+  void add(const T* v, int64_t count, const U* weights, float* joined, bool ahead) {
     constexpr int64_t at_once = tile_vectors * Vec::W;
     int64_t c = 0;
+#if defined(__AVX512BF16__)
+    if constexpr (per_unit == 2) {
+      for (; c + at_once <= p.value_channels; c += at_once) add_pairs<Rows>(v + c, count, weights, joined + c, ahead);
+    }
+#endif
     for (; c + at_once <= p.value_channels; c += at_once) {
       Vec sum[Rows][tile_vectors];
       for (int r = 0; r < Rows; ++r)
         for (int n = 0; n < tile_vectors; ++n) sum[r][n] = Vec::load(joined + r * row_size + c + n * Vec::W);
       for (int64_t j = 0; j < count; ++j) {
         const T* value = v + j * p.v_step.token + c;
+        if (ahead) prefetch(value + block * p.v_step.token, at_once);
         for (int n = 0; n < tile_vectors; ++n) {
           const Vec one = Vec::load(value + n * Vec::W);
-          for (int r = 0; r < Rows; ++r) sum[r][n] = fma(Vec(weights[r * block + j]), one, sum[r][n]);
+          for (int r = 0; r < Rows; ++r) sum[r][n] = fma(Vec(to_float(weights[r * block + j])), one, sum[r][n]);
         }
       }
       for (int r = 0; r < Rows; ++r)
@@ -422,12 +471,49 @@ struct Few {
         float* to = joined + r * row_size + c + rest;
         Vec sum = Vec::load(to);
         for (int64_t j = 0; j < count; ++j) {
-          sum = fma(Vec(weights[r * block + j]), load(v + j * p.v_step.token + c + rest, lanes), sum);
+          sum = fma(Vec(to_float(weights[r * block + j])), load(v + j * p.v_step.token + c + rest, lanes), sum);
         }
         sum.store(to);
       }
     });
   }
+
+#if defined(__AVX512BF16__)
+  // 64 channels, two keys at once. Interleaving two rows leaves the channels of a pair of vectors by fours: 0-3, 8-11, ...
+  // in the one and 4-7, 12-15, ... in the other.
+  template <int Rows>
+  void add_pairs(const T* v, int64_t count, const U* weights, float* joined, bool ahead) {
+    Vec sum[Rows][4];
+    for (int r = 0; r < Rows; ++r)
+      for (int n = 0; n < 4; ++n) sum[r][n] = Vec(0.f);
+    for (int64_t j = 0; j < count; j += 2) {
+      const T *one = v + j * p.v_step.token, *two = one + p.v_step.token;
+      if (ahead) prefetch(one + block * p.v_step.token, 64), prefetch(two + block * p.v_step.token, 64);
+      Vec pairs[4];
+      for (int n = 0; n < 2; ++n) {
+        const __m512i a = _mm512_loadu_si512(one + 32 * n);
+        const __m512i b = j + 1 < count ? _mm512_loadu_si512(two + 32 * n) : _mm512_setzero_si512();
+        pairs[2 * n] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(a, b));
+        pairs[2 * n + 1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(a, b));
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) {
+        const Vec weight = one_unit((const float*)(weights + r * block + j));
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; ++n) sum[r][n] = multiply_add<2>(weight, pairs[n], sum[r][n]);
+      }
+    }
+    for (int r = 0; r < Rows; ++r) {
+      for (int n = 0; n < 4; n += 2) {
+        const __m512 low = _mm512_shuffle_f32x4(sum[r][n].v, sum[r][n + 1].v, 0x44);
+        const __m512 high = _mm512_shuffle_f32x4(sum[r][n].v, sum[r][n + 1].v, 0xee);
+        float* to = joined + r * row_size + n * Vec::W;
+        (Vec::load(to) + Vec(_mm512_shuffle_f32x4(low, low, 0xd8))).store(to);
+        (Vec::load(to + Vec::W) + Vec(_mm512_shuffle_f32x4(high, high, 0xd8))).store(to + Vec::W);
+      }
+    }
+  }
+#endif
 
   // Joins the sums of a sequence's items, `apart` floats from each other, in order.
   void join(const AttentionSequence& s, int64_t kv_head, float* joined, int64_t parts, int64_t apart) {
