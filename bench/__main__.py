@@ -25,7 +25,7 @@ OTHERS = {
     "gpu": "all of it on a machine with a GPU, in minutes: build, tests, suites, tiles",
     "tiles": "other tiles for the attention kernels, timed on this GPU",
     "compare": "two --json files of a suite: what became slower, by the ratio to its peers",
-    "report": "docs/benchmarks.md from bench/results",
+    "report": "docs/benchmarks.md and attention's rules from bench/results",
 }
 
 

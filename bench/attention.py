@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import eager, suite
+from bench import eager, peers, suite
 from bench.case import FORWARD, Case
 from fastllm import ops
 
@@ -44,17 +44,18 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _dense(heads: int, length: int, width: int, dtypes: tuple[torch.dtype, ...]) -> Case:
     return Case(
         "attention", f"causal 1x{heads}x{length}x{width}", _qkv(1, heads, heads, length, length, width), ops.attention,
-        _causal, eager.exact_attention, dtypes=dtypes, flops=2 * heads * length * length * width,
+        _causal, eager.exact_attention, peers.attention(), dtypes=dtypes, flops=2 * heads * length * length * width,
     )  # fmt: skip
 
 
 def _windowed(length: int) -> Case:
     return Case(
-        "attention", f"window {WINDOW} sinks {SINKS} 1x4x{length}x64", _qkv(1, 4, 4, length, length, 64),
+        "attention", f"window {WINDOW} sinks {SINKS} 1x2x{length}x64", _qkv(1, 2, 2, length, length, 64),
         lambda q, k, v: ops.attention(q, k, v, window=WINDOW, sinks=SINKS),
         lambda q, k, v: eager.windowed_attention(q, k, v, WINDOW, SINKS),
         lambda q, k, v: eager.exact_attention(q, k, v, WINDOW, SINKS),
-        dtypes=(torch.bfloat16,), flops=4 * 4 * length * min(length, WINDOW + SINKS) * 64, length=length,
+        peers.flex_attention(lambda b, h, i, j: (j <= i) & ((i - j < WINDOW) | (j < SINKS))), dtypes=(torch.bfloat16,),
+        flops=4 * 2 * length * min(length, WINDOW + SINKS) * 64, length=length,
     )  # fmt: skip
 
 
@@ -66,6 +67,7 @@ def _dilated(length: int) -> Case:
         lambda q, k, v: eager.dilated_attention(q, k, v, SEGMENTS, RATES),
         lambda q, k, v: eager.dilated_attention(q, k, v, SEGMENTS, RATES),
         dtypes=(torch.bfloat16,), passes=(FORWARD,), flops=int(4 * 16 * length * seen * 64), length=length,
+        uncompiled="its loop over segments takes minutes to compile",
     )  # fmt: skip
 
 

@@ -42,6 +42,7 @@ class Case:
     constants: tuple[int, ...] = ()
     flops: int = 0
     length: int | None = None
+    uncompiled: str = ""  # why torch.compile takes no part
 
     def label(self, dtype: torch.dtype, which: str) -> str:
         """What --only matches: "rms_norm 8192x4096 bf16 forward"."""
@@ -52,6 +53,11 @@ class Case:
         return {
             "fastllm": lambda: self.ours,
             "eager": lambda: self.eager,
-            "torch.compile": lambda: torch.compile(self.eager, dynamic=False),
+            "torch.compile": self._compiled,
             **self.peers,
         }
+
+    def _compiled(self) -> Callable[..., Any]:
+        if self.uncompiled:
+            raise Missing(self.uncompiled)
+        return torch.compile(self.eager, dynamic=False)

@@ -24,7 +24,7 @@ PACKAGES = ("torch", "triton", "transformers", "liger-kernel")
 def describe(device: Cpu | Cuda | None = None) -> dict[str, Any]:
     return {
         **(device or Cpu()).describe(),
-        "cpu": _cpu_model(),
+        "cpu": cpp.cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.release()}",
@@ -56,15 +56,6 @@ def sentence(machine: dict[str, Any]) -> str:
 def _module() -> str:
     name = Path(sys.argv[0]).stem
     return "bench" if name == "__main__" else f"bench.{name}"
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

@@ -35,17 +35,17 @@ def _on_gpu(label: str, module: str, name: str, call: Callable[..., Any]) -> Pee
     def build() -> Callable[..., Any]:
         importlib.import_module(module.split(".")[0])  # is it there at all? its kernels may not import without a GPU
         if not torch.cuda.is_available():
-            raise Missing("its Triton kernels need a GPU")
+            raise Missing("its kernels need a GPU")
         function = getattr(importlib.import_module(module), name)
         return _for_gpu(lambda *arguments: call(function, *arguments))
 
     return {label: build}
 
 
-def _for_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
+def _for_gpu(function: Callable[..., Any], reason: str = "its kernels need a GPU") -> Callable[..., Any]:
     def checked(*arguments: Any) -> Any:
         if not arguments[0].is_cuda:
-            raise Missing("its Triton kernels need a GPU")
+            raise Missing(reason)
         return function(*arguments)
 
     return checked
@@ -61,3 +61,55 @@ def torch_chunked_loss() -> Callable[..., Any]:
         raise Missing(f"torch {torch.__version__} has none")
     options = torch.nn.LinearCrossEntropyOptions()
     return lambda hidden, weight, target: F.linear_cross_entropy(hidden, weight, target, options=options)
+
+
+def attention() -> Peer:
+    """Other kernels of dense causal attention, for tensors (B, H, L, D)."""
+
+    def flash() -> Callable[..., Any]:
+        function = importlib.import_module("flash_attn").flash_attn_func
+        return _for_gpu(lambda q, k, v: function(*_tokens_first(q, k, v), causal=True).transpose(1, 2))
+
+    def xformers() -> Callable[..., Any]:
+        library = importlib.import_module("xformers.ops")
+        mask = library.LowerTriangularMask()
+        return _for_gpu(
+            lambda q, k, v: library.memory_efficient_attention(*_tokens_first(q, k, v), attn_bias=mask).transpose(1, 2)
+        )
+
+    def cudnn() -> Callable[..., Any]:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        def run(q: Any, k: Any, v: Any) -> Any:
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+        return _for_gpu(run)
+
+    return {
+        "flash-attn": flash, "xformers": xformers, "SDPA cuDNN": cudnn, **flex_attention(lambda b, h, i, j: j <= i)
+    }  # fmt: skip
+
+
+def flex_attention(visible: Callable[..., Any]) -> Peer:
+    """PyTorch's FlexAttention, compiled, under the mask ``visible(batch, head, query, key)``."""
+
+    def build() -> Callable[..., Any]:
+        from torch.nn.attention import flex_attention as flex
+
+        compiled = torch.compile(flex.flex_attention, dynamic=False)
+        masks: dict[int, Any] = {}
+
+        def run(q: Any, k: Any, v: Any) -> Any:
+            length = q.shape[2]
+            if length not in masks:
+                masks[length] = flex.create_block_mask(visible, None, None, length, length, device=q.device.type)
+            return compiled(q, k, v, block_mask=masks[length])
+
+        return _for_gpu(run, "its kernels with a backward pass need a GPU")
+
+    return {"FlexAttention": build}
+
+
+def _tokens_first(*tensors: Any) -> list[Any]:
+    return [t.transpose(1, 2) for t in tensors]

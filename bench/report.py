@@ -1,4 +1,5 @@
-"""``python -m bench report``: docs/benchmarks.md and its pictures, from the files in bench/results and nothing else.
+"""``python -m bench report``: docs/benchmarks.md, its pictures and the rules by which attention goes to other libraries, from the
+files in bench/results and nothing else.
 
 Each folder of bench/results is a device, each file in it what a suite wrote with --json (or the demo's demo.json).
 With --check nothing is written; exit code 1 when the page or a picture is not what the results say.
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import machine, plots
+from bench import machine, plots, rules
 from bench.__main__ import SUITES
 from bench.arguments import Parser
 from bench.results import Row, Unreadable, by_name, megabytes, milliseconds, ratio, rows_of, short
@@ -44,8 +45,11 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if not chosen.check:
             write(RESULTS, DOCS)
+            rules.FILE.write_text(_rules(RESULTS), encoding="utf-8")
             return 0
         wrong = check(RESULTS, DOCS)
+        if rules.FILE.read_text(encoding="utf-8") != _rules(RESULTS):
+            wrong.append(rules.FILE.relative_to(ROOT).as_posix())
     except Unreadable as error:
         parser.error(str(error))
     if wrong:
@@ -95,6 +99,10 @@ def pictures(results: Path) -> list[tuple[Path, str]]:
         folder, digest = IMAGES / file.parent.name, _digest(file)
         found += [(folder / f"{file.stem}-{name}.svg", digest) for name in plots.figures(_load(file))]
     return found
+
+
+def _rules(results: Path) -> str:
+    return rules.text([rows_of(json.loads(file.read_text())) for file in sorted(results.glob("*/attention.json"))])
 
 
 def _files(results: Path) -> list[Path]:

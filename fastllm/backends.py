@@ -163,6 +163,10 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
         reason = f"kernels have no gradient for {' and '.join(learned)}"
         by_definition(op, reason)
         return f"{op}: torch ({reason})"
+    library, why, others = _op.ROUTES[op](*args, **kwargs) if op in _op.ROUTES else ("fastllm", "", {})
+    told = [f"  not {name}: {reason}" for name, reason in others.items()]
+    if library != "fastllm":
+        return "\n".join([f"{op}: {library} ({why})", "  not fastllm's own: force a backend with use_backend", *told])
     chosen = select(op, kernels, tensor.device, tensor.dtype)
     why = "forced" if forced else f"{tensor.device.type} tensor, {tensor.dtype}"
     if chosen == "cpp":
@@ -173,4 +177,4 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
             reason = refusal(name, kernels, tensor.device, tensor.dtype)
             served = "another is forced" if forced else "slower here; force it with use_backend"
             lines.append(f"  not {name}: {reason or served}")
-    return "\n".join(lines)
+    return "\n".join(lines + told)

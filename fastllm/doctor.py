@@ -39,7 +39,7 @@ def collect(*, measure: bool = True) -> Report:
         "python": {"version": platform.python_version(), "executable": sys.executable},
         "packages": {name: {"version": _version(name), "use": use} for name, use in PACKAGES.items()},
         "cpu": {
-            "model": _cpu_model(),
+            "model": cpp.cpu_model(),
             "cores": _cores(),
             "threads": torch.get_num_threads(),
             "instruction_set": cpp.capability() or None,
@@ -57,15 +57,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _cores() -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import platform
 import warnings
+from pathlib import Path
 
 CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16")
 _asked = os.environ.get("FASTLLM_CPU_CAPABILITY", "")
@@ -39,6 +42,17 @@ def unavailable() -> str:
 def capability() -> str:
     """The instruction set chosen at run time: baseline, avx2, avx512 or avx512_bf16; empty without the extension."""
     return _capability
+
+
+@functools.cache
+def cpu_model() -> str:
+    """The processor, as the system names it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def advise_huge_pages(address: int, size: int) -> None:

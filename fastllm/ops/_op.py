@@ -26,6 +26,8 @@ from fastllm.kernels import cpp, triton
 
 LIBRARY = torch.library.Library("fastllm", "DEF")
 PUBLIC: dict[str, Op] = {}  # public op name -> the Op that does its work, for backends.explain
+# public op name -> who serves a call with these arguments (this library's own kernels: "fastllm"), why, why no other library
+ROUTES: dict[str, Callable[..., tuple[str, str, dict[str, str]]]] = {}
 COMPOSED: dict[str, str] = {}  # public op name -> what it is made of, where that is no Op of its own
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)

@@ -6,12 +6,14 @@ all scores. Blocks that no query sees are not computed.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastllm.ops import _libraries
 from fastllm.ops._attention import (
     attend,
     check_documents,
@@ -22,7 +24,7 @@ from fastllm.ops._attention import (
     lay_out,
     positions,
 )
-from fastllm.ops._op import Op, vjp
+from fastllm.ops._op import ROUTES, Op, vjp
 
 
 def attention(
@@ -74,12 +76,24 @@ def attention(
         TypeError: a tensor of the wrong kind. ValueError: shapes, dtypes or devices that do not match, H not a multiple of K,
         window < 1, sinks < 0, dropout_p other than 0, cu_seqlens that do not ascend from 0 to T (checked on the CPU).
     """
+    call = _checked(
+        q, k, v, causal, scale, window, sinks, sink_logits, alibi_slopes, softcap, mask, cu_seqlens_q, cu_seqlens_k, return_lse,
+        dropout_p,
+    )  # fmt: skip
+    library = _libraries.choose(call)
+    return _by_ours(call) if library == _libraries.OURS else _libraries.LIBRARIES[library].run(call)
+
+
+def _checked(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, window: int | None, sinks: int,
+    sink_logits: Tensor | None, alibi_slopes: Tensor | None, softcap: float | None, mask: Tensor | None,
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, return_lse: bool, dropout_p: float,
+) -> _libraries.Call:  # fmt: skip
     if dropout_p:
         raise ValueError(f"dropout_p must be 0: attention without dropout is all that is here, got {dropout_p}")
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     q, k, v = check_qkv(q, k, v, 3 if packed else 4)
     scale = check_scores(q, scale, window, sinks, sink_logits, alibi_slopes, softcap)
-    heads = q.shape[1]
     if packed:
         if mask is not None:
             raise ValueError("mask cannot be combined with cu_seqlens_q and cu_seqlens_k")
@@ -94,18 +108,25 @@ def attention(
                 f"cu_seqlens_q and cu_seqlens_k must tell of as many documents, got {documents[0]} and {documents[1]}"
             )
     elif mask is not None:
-        mask = check_mask(mask, (q.shape[0], heads, q.shape[2], k.shape[2]), q)
+        mask = check_mask(mask, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]), q)
+    return _libraries.Call(
+        q, k, v, causal, scale, window, sinks, sink_logits, alibi_slopes, softcap, mask, cu_seqlens_q, cu_seqlens_k, return_lse
+    )  # fmt: skip
+
+
+def _by_ours(call: _libraries.Call) -> Any:
+    q, k, v = call.q, call.k, call.v
     head_dim, value_dim = q.shape[-1], v.shape[-1]
     if head_dim % 8:
         q, k = (F.pad(t, (0, -head_dim % 8)) for t in (q, k))
     if value_dim % 8:
         v = F.pad(v, (0, -value_dim % 8))
     out, lse, _ = _attention(
-        q, k, v, sink_logits, alibi_slopes, mask, cu_seqlens_q, cu_seqlens_k, scale, causal, window or 0, sinks,
-        softcap or 0.0,
+        q, k, v, call.sink_logits, call.alibi_slopes, call.mask, call.cu_seqlens_q, call.cu_seqlens_k, call.scale, call.causal,
+        call.window or 0, call.sinks, call.softcap or 0.0,
     )  # fmt: skip
     out = out[..., :value_dim] if value_dim % 8 else out
-    return (out, lse) if return_lse else out
+    return (out, lse) if call.return_lse else out
 
 
 def _definition(
@@ -206,3 +227,11 @@ _attention_backward = Op(
     fake=_backward_fake,
     triton="attention:backward",
 )
+
+
+def _route(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[str, str, dict[str, str]]:
+    defaults = {n: p.default for n, p in inspect.signature(attention).parameters.items() if n not in ("q", "k", "v")}
+    return _libraries.reasons(_checked(q, k, v, **{**defaults, **options}))
+
+
+ROUTES["attention"] = _route

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import report
+from bench import report, rules
 from tests.bench.rows import row, steps, wrong
 
 DEMO = {
@@ -100,3 +100,29 @@ def test_a_file_that_is_no_result_is_one_line_and_exit_code_2(folders, monkeypat
     said = capsys.readouterr().err
     assert "loss.json holds no results" in said
     assert len(said.splitlines()) == 1
+
+
+def test_rules_of_attention_are_those_measured_often_enough():
+    def causal(times, runs=20, dtype="bf16", which="forward", gpu="a chip"):
+        made = row("attention", "causal 1x2x3x4", **times)
+        return made | {
+            "runs": runs,
+            "dtype": dtype,
+            "pass": which,
+            "machine": made["machine"] | {"gpu": gpu, "instruction_set": "x"},
+        }
+
+    rows = [
+        causal({"fastllm": 4.0, "eager": 1.0}), causal({"fastllm": 1.0, "eager": 2.0}),
+        causal({"fastllm": 1.0, "eager": 2.0}, which="forward+backward"), causal({"fastllm": 4.0, "eager": 1.0}, 5, "fp32"),
+        causal({"fastllm": 1.0, "eager": 2.0}, gpu=None),
+    ]  # fmt: skip
+    found = rules.fastest([rows])
+    device = f"{rows[0]['machine']['cpu']}, x"
+    assert found == {
+        ("a chip", "bfloat16", False): ("sdpa", "fastllm"), ("a chip", "bfloat16", True): ("fastllm",),
+        (device, "bfloat16", False): ("fastllm",),
+    }  # fmt: skip
+    namespace = {}
+    exec(rules.text([rows]), namespace)
+    assert namespace["FASTEST"] == found
