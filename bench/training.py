@@ -54,7 +54,8 @@ class Trainer:
             self.model = LlamaForCausalLM(whole).to(dtype)
         self.model.train()
         if checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            newer = getattr(self.model, "activation_checkpointing_enable", None)  # the name since transformers 5.23
+            (newer or self.model.gradient_checkpointing_enable)()
         self.built = self.device.reset_peak()  # ahead of patching and compiling, so that what they need counts
         self.peak = 0
         self.report = str(fastllm.patch(self.model)) if kind == "patched" else ""

@@ -1,4 +1,4 @@
-"""The command line: ``fastllm doctor`` and ``fastllm patch MODEL --dry-run``."""
+"""The command line: ``fastllm doctor``, ``fastllm patch MODEL --dry-run`` and ``fastllm context MODEL --target N``."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> _Parser:
     parser = _Parser(
         prog="fastllm",
-        description="Fused kernels for LLMs: look at this machine, or at what a patch would change in a model.",
+        description="Fused kernels and length extrapolation for LLMs: look at this machine, at what a patch would change in a "
+        "model, or at how far it reads.",
     )
     parser.add_argument("--version", action="version", version=f"fastllm {__version__}")
     shared = _Parser(add_help=False)
@@ -85,6 +86,17 @@ def _parser() -> _Parser:
     patch.add_argument("--ops", metavar="OP[,OP...]", help="only these ops; default: all")
     patch.add_argument("--exclude", metavar="OP|GLOB[,...]", help="ops or module paths to leave alone")
     patch.set_defaults(run=_patch)
+
+    context = commands.add_parser(
+        "context",
+        parents=[shared],
+        help="how far a model reads, and what takes it further",
+        description="Reads a model's configuration and says what the scaling laws of RoPE predict: how far it reads as it is, which "
+        "method takes it to the target, with which parameters, and up to where. Nothing is written.",
+    )
+    context.add_argument("model", metavar="MODEL", help="as for fastllm patch")
+    context.add_argument("--target", type=int, required=True, metavar="N", help="tokens to read")
+    context.set_defaults(run=_context)
     return parser
 
 
@@ -132,6 +144,38 @@ def _patch(arguments: argparse.Namespace) -> int:
     if not report.patched:
         print(f"fastllm patch: error: nothing in {report.model} was patched", file=sys.stderr)
     return 0 if report.patched else 1
+
+
+def _context(arguments: argparse.Namespace) -> int:
+    from fastllm.rope import laws
+
+    found = laws.recommend(_configuration(arguments.model), arguments.target)
+    if arguments.json:
+        print(json.dumps(asdict(found), indent=2))
+    else:
+        print(f"{found}\n\n{_wavelengths(found)}")
+    return 0
+
+
+def _wavelengths(found: Any) -> str:
+    """The wavelength of every pair of dimensions (at most 16 of them) against the trained length, as bars."""
+    import math
+
+    pairs = found.head_dim // 2
+    shown = sorted({round(n * (pairs - 1) / min(15, max(1, pairs - 1))) for n in range(min(16, pairs))})
+    waves = {pair: 2 * math.pi * found.base ** (2 * pair / found.head_dim) for pair in shown}
+    longest = max(*waves.values(), found.target_length, found.bound)
+    columns = 60
+
+    def column(tokens: float) -> int:
+        return round(columns * math.log(max(tokens, 6)) / math.log(longest))
+
+    marks = {column(found.bound): "B", column(found.target_length): "T", column(found.trained_length): "|"}
+    lines = ["wavelengths in tokens, on a logarithmic scale: | trained length, T target, B predicted bound"]
+    for pair, wave in waves.items():
+        bar = "".join(marks.get(c) or ("=" if c <= column(wave) else " ") for c in range(columns + 1)).rstrip()
+        lines.append(f"  pair {pair:>3} {wave:>12,.0f} {bar}")
+    return "\n".join(lines)
 
 
 def _configuration(name: str) -> Any:

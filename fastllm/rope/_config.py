@@ -1,0 +1,56 @@
+"""What a Transformers config says of RoPE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastllm.errors import ConfigError
+
+_LOCAL = ("sliding", "local", "chunked")
+
+
+def is_local(kind: str) -> bool:
+    """Whether a kind of layer attends within a fixed reach: other frequencies would gain it nothing."""
+    return any(word in kind for word in _LOCAL)
+
+
+def config_of(model_or_config: Any) -> Any:
+    """The text config of a model, or of a config itself."""
+    config = model_or_config if hasattr(model_or_config, "model_type") else getattr(model_or_config, "config", None)
+    if config is None:
+        raise ConfigError(f"{type(model_or_config).__name__} has no config")
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _nested(parameters: dict[str, Any]) -> bool:
+    return bool(parameters) and all(v is None or isinstance(v, dict) for v in parameters.values())
+
+
+def parameters_of(config: Any) -> dict[str, dict[str, Any]]:
+    """RoPE parameters by kind of layer; "" where there is one kind."""
+    parameters = getattr(config, "rope_parameters", None)
+    if not parameters:
+        raise ConfigError(f"{type(config).__name__} has no RoPE parameters")
+    if _nested(parameters):
+        return {kind: dict(of_kind) for kind, of_kind in parameters.items() if of_kind}
+    return {"": dict(parameters)}
+
+
+def trained_length(config: Any, before: dict[str, dict[str, Any]]) -> int | None:
+    for old in before.values():
+        if found := old.get("original_max_position_embeddings"):
+            return int(found)
+    found = getattr(config, "original_max_position_embeddings", None) or getattr(
+        config, "max_position_embeddings", None
+    )
+    if found is None:
+        raise ConfigError("the config tells no trained length: give original_length=")
+    return int(found)
+
+
+def rotated(config: Any, parameters: dict[str, Any]) -> int:
+    """Rotated dimensions of a head."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if getattr(config, "qk_rope_head_dim", None):
+        head = config.qk_rope_head_dim
+    return int(head * parameters.get("partial_rotary_factor", 1.0))

@@ -1,0 +1,312 @@
+"""extend_context and restore_context: a model reads further than it was trained to, and it is proven that it does."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastllm.errors import ConfigError
+from fastllm.rope import laws, lengthwise
+from fastllm.rope._config import config_of, is_local, parameters_of, rotated, trained_length
+from fastllm.rope.scaling import METHODS, scaling
+
+_KEPT = "_fastllm_context"  # where a model keeps what restore_context needs
+# What a config of transformers calls each method; the others by their own names.
+_TYPES = {"abf": "default", "dynamic": lengthwise.DOUBLING}
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What extend_context did.
+
+    before, after: RoPE parameters by kind of layer ("" where all are of one kind). length_before, length: tokens.
+    factor: length / original_length. bound: tokens up to which the scaling laws predict that a model tuned so can read; None
+    where they say nothing of the method. needs_tuning: whether the method is worse than none until the model was tuned.
+    """
+
+    method: str
+    original_length: int
+    length_before: int
+    length: int
+    factor: float
+    before: dict[str, dict[str, Any]]
+    after: dict[str, dict[str, Any]]
+    bound: float | None
+    needs_tuning: bool
+    modules: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.method}: {self.length_before:,} -> {self.length:,} tokens, {self.factor:.3g} times the {self.original_length:,} "
+            f"it was trained for, in {', '.join(self.modules)}"
+        ]
+        for kind, after in self.after.items():
+            lines.append(f"  {kind or 'all layers'}: {self.before[kind]} -> {after}")
+        if self.bound is not None:
+            lines.append(f"  predicted bound once tuned: {self.bound:,.0f} tokens")
+        if self.needs_tuning:
+            lines.append("  worse than before until the model is tuned at the new length")
+        return "\n".join(lines)
+
+
+def extend_context(model: nn.Module, max_length: int, method: str = "yarn", **params: Any) -> Extension:
+    """Rescales the rotary embeddings of a Transformers model, patched or not, for `max_length` tokens.
+
+    Every rotary module is rebuilt with the new frequencies, in fp32 whatever the model's dtype, and the config says so, so that
+    save_pretrained and from_pretrained give the same model. Layers of a fixed reach (sliding windows, where they have a RoPE of
+    their own) stay as they are. The effect is proven: frequencies, and logits beyond the old length, must have changed.
+    Extending an extended model starts again from the trained length.
+
+    Args:
+        model: a Transformers model with RoPE, or a wrapper around one (PEFT).
+        max_length: tokens to read.
+        method: "yarn" (the best without tuning), "linear", "ntk", "ntk_mixed", "dynamic", "llama3", "longrope", "abf"; what they
+            are says ``fastllm.rope.scaling``.
+        **params: of the method; ``factor`` is max_length / trained length unless given; ``adjusted_base`` of "abf" is the base by
+            which the laws reach max_length; ``original_length`` replaces the trained length that the config tells.
+
+    Returns:
+        Extension: before, after, the factor and the predicted bound; printed, a few lines.
+
+    Raises:
+        ConfigError: no RoPE in the model, a length that is not positive, an unknown method or parameter, no trained length to be
+            found, or frequencies and logits that did not change.
+
+    Warns:
+        UserWarning: a target beyond the predicted bound.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
+        raise ConfigError(f"max_length must be a number of tokens, at least 1, got {max_length!r}")
+    if method not in METHODS:
+        raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    config = config_of(model)
+    rotary = dict(_rotary_modules(model))
+    if not rotary or not getattr(config, "rope_parameters", None):
+        raise ConfigError(f"{type(model).__name__} has no rotary position embedding to rescale")
+    kept = model.__dict__.get(_KEPT)
+    if kept:
+        _put_back(model, kept)
+    else:
+        kept = _state(config, rotary)
+    length_before = config.max_position_embeddings
+    before = parameters_of(config)
+    original = params.pop("original_length", None) or trained_length(config, before)
+    if not isinstance(original, int) or original < 1:
+        raise ConfigError(f"original_length must be a number of tokens, at least 1, got {original!r}")
+    factor = params.pop("factor", None) or max(1.0, max_length / original)
+    after, dims = {}, {}
+    for kind, old in before.items():
+        if is_local(kind):
+            continue
+        dims[kind] = rotated(config, old)
+        after[kind] = _rescaled(method, old, dims[kind], original, max_length, factor, params)
+    old_logits, positions = _logits(model, config, original)
+    try:
+        _set_parameters(config, after)
+        if method != "dynamic":  # which finds its own factor from this number
+            config.max_position_embeddings = max(max_length, original)
+        else:
+            config.max_position_embeddings = original
+        _validate(config, method)
+        changed = [name for name, module in rotary.items() if _rebuild(module, config)]
+        if method in ("dynamic", "longrope"):
+            for name, module in rotary.items():
+                lengthwise.install(_owner(model, name), module)
+        if not changed and method not in ("dynamic", "longrope") and factor > 1:
+            raise ConfigError(
+                f"{method} did not change any frequency of {type(model).__name__}: its RoPE is not of the usual kind"
+            )
+        new_logits, _ = _logits(model, config, original, positions)
+        if factor > 1 and old_logits is not None and new_logits is not None and torch.equal(old_logits, new_logits):
+            raise ConfigError(
+                f"{method} changed the frequencies of {type(model).__name__}, but not its logits past {original} tokens"
+            )
+    except BaseException:
+        _put_back(model, kept)
+        raise
+    model.__dict__[_KEPT] = kept
+    bound = _bound(method, after, dims, original, before)
+    if bound is not None and max_length > bound:
+        warnings.warn(
+            f"{max_length} tokens lie beyond the {bound:,.0f} that the scaling laws predict for this base", stacklevel=2
+        )
+    return Extension(
+        method, original, length_before, max_length, factor, {k: before[k] for k in after}, after, bound,
+        method in ("linear", "abf"), changed or list(rotary),
+    )  # fmt: skip
+
+
+def restore_context(model: nn.Module) -> None:
+    """Undoes ``extend_context``: frequencies and config are what they were, to the last bit. Nothing to a model not extended."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if kept := model.__dict__.pop(_KEPT, None):
+        _put_back(model, kept)
+
+
+# ---- what is there ---------------------------------------------------------------------------------------------------
+
+
+def _rotary_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that hold frequencies and were built from a config with RoPE parameters."""
+    for name, module in model.named_modules():
+        holds = any(buffer.endswith("inv_freq") for buffer in module._buffers)
+        if holds and getattr(getattr(module, "config", None), "rope_parameters", None):
+            yield name, module
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    """The module whose forward makes positions and calls the rotary module `name`."""
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+def _set_parameters(config: Any, after: dict[str, dict[str, Any]]) -> None:
+    if "" in after:
+        config.rope_parameters = dict(after[""])
+    else:
+        config.rope_parameters = {**config.rope_parameters, **{kind: dict(p) for kind, p in after.items()}}
+
+
+def _rescaled(
+    method: str, old: dict[str, Any], dim: int, original: int, length: int, factor: float, params: dict[str, Any]
+) -> dict[str, Any]:
+    """The RoPE parameters of a config for this method; `params` are checked by trying them."""
+    base, params = float(old["rope_theta"]), dict(params)
+    kept = {k: old[k] for k in ("partial_rotary_factor",) if k in old}
+    if method == "abf":
+        params.setdefault("adjusted_base", laws.base_for(dim, base, original, length))
+    scaling(method, head_dim=dim, base=base, original_length=original, factor=factor, length=length, **params)
+    new = {"rope_type": _TYPES.get(method, method), "rope_theta": base, **kept}
+    if method == "abf":
+        return new | {"rope_theta": float(params["adjusted_base"])}
+    if method == "default":
+        return new
+    if method == "llama3":
+        params = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} | params
+    new |= {"factor": float(factor), **params}
+    if method != "linear":
+        new["original_max_position_embeddings"] = original
+    return new
+
+
+def _validate(config: Any, method: str) -> None:
+    """A family may take but some methods (Phi-3: longrope), and its config would not load again with another."""
+    try:
+        getattr(config, "validate_rope", lambda: None)()
+    except Exception as error:
+        raise ConfigError(f"{type(config).__name__} does not take {method}: {' '.join(str(error).split())}") from error
+
+
+def _bound(
+    method: str,
+    after: dict[str, dict[str, Any]],
+    dims: dict[str, int],
+    original: int,
+    before: dict[str, dict[str, Any]],
+) -> float | None:
+    if method not in ("abf", "ntk"):
+        return None
+    bounds = []
+    for kind, new in after.items():
+        dim, base = dims[kind], float(new["rope_theta"])
+        if method == "ntk" and dim > 2:
+            base *= new["factor"] ** (dim / (dim - 2))
+        bounds.append(laws.max_context(dim, base, original, pretrained_base=float(before[kind]["rope_theta"])))
+    return min(bounds)
+
+
+# ---- changing it -----------------------------------------------------------------------------------------------------
+
+
+def _rebuild(module: nn.Module, config: Any) -> bool:
+    """Gives a rotary module what its constructor makes of the config now; True where frequencies are others than before."""
+    before = dict(module._buffers)
+    with torch.device("cpu"):
+        fresh = type(module)(config)
+    module.__dict__.update(_attributes(fresh))
+    changed = False
+    for name, value in fresh._buffers.items():
+        there = before.get(name)
+        on_device = there is not None and there.device.type != "meta"
+        module._buffers[name] = value.to(there.device) if value is not None and on_device else value  # type: ignore[union-attr]
+        if name.endswith("inv_freq") and value is not None:
+            same = on_device and there.shape == value.shape and torch.equal(there.float().cpu(), value.float())  # type: ignore[union-attr]
+            changed |= not same
+    return changed
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Numbers and names that a rotary module keeps beside its buffers."""
+    plain = (int, float, str, dict, list)
+    return {
+        name: copy.copy(value)
+        for name, value in vars(module).items()
+        if isinstance(value, plain) and not name.startswith("_") and name != "training"
+    }
+
+
+def _state(config: Any, rotary: dict[str, nn.Module]) -> dict[str, Any]:
+    return {
+        "rope_parameters": copy.deepcopy(config.rope_parameters),
+        "max_position_embeddings": getattr(config, "max_position_embeddings", None),
+        "rotary": {
+            name: {
+                "attributes": _attributes(module),
+                "buffers": {k: None if v is None else v.clone() for k, v in module._buffers.items()},
+            }
+            for name, module in rotary.items()
+        },
+    }
+
+
+def _put_back(model: nn.Module, kept: dict[str, Any]) -> None:
+    config = config_of(model)
+    config.rope_parameters = copy.deepcopy(kept["rope_parameters"])
+    config.max_position_embeddings = kept["max_position_embeddings"]
+    modules = dict(model.named_modules())
+    for name, state in kept["rotary"].items():
+        module = modules[name]
+        lengthwise.remove(_owner(model, name), module)
+        module.__dict__.update({k: copy.copy(v) for k, v in state["attributes"].items()})
+        for buffer, value in state["buffers"].items():
+            there = module._buffers.get(buffer)
+            device = there.device if there is not None and there.device.type != "meta" else None
+            module._buffers[buffer] = value if value is None or device is None else value.to(device)
+        for buffer in set(module._buffers) - set(state["buffers"]):
+            del module._buffers[buffer]
+
+
+# ---- the proof -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _logits(
+    model: nn.Module, config: Any, original: int, positions: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Logits of a few tokens past the trained length; None of a model that cannot run now (no weights yet) or takes no
+    positions."""
+    parameter = next(iter(model.parameters()), None)
+    if parameter is None or parameter.device.type == "meta" or hasattr(parameter, "ds_id"):
+        return None, None
+    tokens = torch.arange(4, device=parameter.device).unsqueeze(0) % config.vocab_size
+    if positions is None:
+        positions = torch.tensor([[0, original // 2, original, original + 1]], device=parameter.device)
+    training = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        out = model(input_ids=tokens, position_ids=positions, use_cache=False)
+    except TypeError:
+        return None, positions
+    finally:
+        for module, was in training.items():
+            module.training = was
+    found = getattr(out, "logits", None)
+    return (found if found is not None else out[0]).clone(), positions
