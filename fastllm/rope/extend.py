@@ -91,56 +91,25 @@ def extend_context(model: nn.Module, max_length: int, method: str = "yarn", **pa
     rotary = dict(_rotary_modules(model))
     if not rotary or not getattr(config, "rope_parameters", None):
         raise ConfigError(f"{type(model).__name__} has no rotary position embedding to rescale")
-    kept = model.__dict__.get(_KEPT)
-    if kept:
-        _put_back(model, kept)
-    else:
-        kept = _state(config, rotary)
-    length_before = config.max_position_embeddings
-    before = parameters_of(config)
-    original = params.pop("original_length", None) or trained_length(config, before)
-    if not isinstance(original, int) or original < 1:
-        raise ConfigError(f"original_length must be a number of tokens, at least 1, got {original!r}")
-    factor = params.pop("factor", None) or max(1.0, max_length / original)
-    after, dims = {}, {}
-    for kind, old in before.items():
-        if is_local(kind):
-            continue
-        dims[kind] = rotated(config, old)
-        after[kind] = _rescaled(method, old, dims[kind], original, max_length, factor, params)
-    old_logits, positions = _logits(model, config, original)
+    current = _state(config, rotary)
+    kept = model.__dict__.get(_KEPT, current)
+    length_before, parameters_before = getattr(config, "max_position_embeddings", 0), parameters_of(config)
     try:
-        _set_parameters(config, after)
-        if method != "dynamic":  # which finds its own factor from this number
-            config.max_position_embeddings = max(max_length, original)
-        else:
-            config.max_position_embeddings = original
-        _validate(config, method)
-        changed = [name for name, module in rotary.items() if _rebuild(module, config)]
-        if method in ("dynamic", "longrope"):
-            for name, module in rotary.items():
-                lengthwise.install(_owner(model, name), module)
-        if not changed and method not in ("dynamic", "longrope") and factor > 1:
-            raise ConfigError(
-                f"{method} did not change any frequency of {type(model).__name__}: its RoPE is not of the usual kind"
-            )
-        new_logits, _ = _logits(model, config, original, positions)
-        if factor > 1 and old_logits is not None and new_logits is not None and torch.equal(old_logits, new_logits):
-            raise ConfigError(
-                f"{method} changed the frequencies of {type(model).__name__}, but not its logits past {original} tokens"
-            )
-    except BaseException:
         _put_back(model, kept)
+        plan = _plan(config, max_length, method, dict(params))
+        modules = _apply(model, config, rotary, plan)
+    except BaseException:
+        _put_back(model, current)
         raise
     model.__dict__[_KEPT] = kept
-    bound = _bound(method, after, dims, original, before)
-    if bound is not None and max_length > bound:
+    if plan.bound is not None and max_length > plan.bound:
         warnings.warn(
-            f"{max_length} tokens lie beyond the {bound:,.0f} that the scaling laws predict for this base", stacklevel=2
+            f"{max_length} tokens lie beyond the {plan.bound:,.0f} that the scaling laws predict for this base",
+            stacklevel=2,
         )
     return Extension(
-        method, original, length_before, max_length, factor, {k: before[k] for k in after}, after, bound,
-        method in ("linear", "abf"), changed or list(rotary),
+        method, plan.original, length_before, max_length, plan.factor, {k: parameters_before[k] for k in plan.after}, plan.after,
+        plan.bound, method in ("linear", "abf"), modules,
     )  # fmt: skip
 
 
@@ -150,6 +119,60 @@ def restore_context(model: nn.Module) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if kept := model.__dict__.pop(_KEPT, None):
         _put_back(model, kept)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    method: str
+    length: int
+    original: int
+    factor: float
+    after: dict[str, dict[str, Any]]
+    bound: float | None
+
+
+def _plan(config: Any, max_length: int, method: str, params: dict[str, Any]) -> _Plan:
+    """The RoPE parameters to come, all of them checked."""
+    before = parameters_of(config)
+    original, factor = params.pop("original_length", None), params.pop("factor", None)
+    original = trained_length(config, before) if original is None else original
+    if not isinstance(original, int) or original < 1:
+        raise ConfigError(f"original_length must be a number of tokens, at least 1, got {original!r}")
+    if factor is None and max_length <= original and not params:
+        raise ConfigError(
+            f"max_length must lie beyond the {original} tokens the model was trained for, got {max_length}"
+        )
+    factor = max(1.0, max_length / original) if factor is None else factor
+    after, dims = {}, {}
+    for kind, old in before.items():
+        if is_local(kind):
+            continue
+        dims[kind] = rotated(config, old)
+        after[kind] = _rescaled(method, old, dims[kind], original, max_length, factor, params)
+    return _Plan(method, max_length, original, factor, after, _bound(method, after, dims, original, before))
+
+
+def _apply(model: nn.Module, config: Any, rotary: dict[str, nn.Module], plan: _Plan) -> list[str]:
+    """Changes config and modules and proves that it told; returns the paths of the modules."""
+    follows = plan.method in ("dynamic", "longrope")
+    old_logits, positions = _logits(model, config, plan.original)
+    _set_parameters(config, plan.after)
+    # "dynamic" finds its factor from this number, which stays that of the training
+    config.max_position_embeddings = plan.original if plan.method == "dynamic" else max(plan.length, plan.original)
+    _validate(config, plan.method)
+    changed = [name for name, module in rotary.items() if _rebuild(module, config)]
+    if follows:
+        for name, module in rotary.items():
+            lengthwise.install(_owner(model, name), module)
+    name = type(model).__name__
+    if not changed and not follows:
+        raise ConfigError(f"{plan.method} did not change any frequency of {name}: its RoPE is not of the usual kind")
+    new_logits, _ = _logits(model, config, plan.original, positions)
+    if old_logits is not None and new_logits is not None and torch.equal(old_logits, new_logits):
+        raise ConfigError(
+            f"{plan.method} changed the frequencies of {name}, but not its logits past {plan.original} tokens"
+        )
+    return changed or list(rotary)
 
 
 # ---- what is there ---------------------------------------------------------------------------------------------------
@@ -257,6 +280,7 @@ def _state(config: Any, rotary: dict[str, nn.Module]) -> dict[str, Any]:
     return {
         "rope_parameters": copy.deepcopy(config.rope_parameters),
         "max_position_embeddings": getattr(config, "max_position_embeddings", None),
+        "follows": any(isinstance(m.__dict__.get("forward"), lengthwise.Frequencies) for m in rotary.values()),
         "rotary": {
             name: {
                 "attributes": _attributes(module),
@@ -282,6 +306,8 @@ def _put_back(model: nn.Module, kept: dict[str, Any]) -> None:
             module._buffers[buffer] = value if value is None or device is None else value.to(device)
         for buffer in set(module._buffers) - set(state["buffers"]):
             del module._buffers[buffer]
+        if kept["follows"]:
+            lengthwise.install(_owner(model, name), module)
 
 
 # ---- the proof -------------------------------------------------------------------------------------------------------

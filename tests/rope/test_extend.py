@@ -204,11 +204,25 @@ def test_a_config_with_ntk_loads_where_fastllm_is_imported():
     torch.testing.assert_close(model.model.rotary_emb.inv_freq, expected)
 
 
+def test_a_bad_call_leaves_an_extended_model_extended():
+    model = llama(max_position_embeddings=64).eval()
+    rope.extend_context(model, 512, "dynamic")
+    extended = logits(model, 100)
+    for wrong in ({"method": "yarn", "beta": 1}, {"method": "linear", "factor": 0.5}):
+        with pytest.raises(ConfigError):
+            rope.extend_context(model, 512, **wrong)
+    assert torch.equal(logits(model, 100), extended)
+    assert model.model._forward_hooks
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
         ((0,), {}, "max_length must be a number of tokens, at least 1, got 0"),
         ((128.5,), {}, "max_length must be"),
+        ((64,), {}, "max_length must lie beyond the 64 tokens"),
+        ((128,), {"factor": 0}, "factor must be at least 1, got 0"),
+        ((128,), {"factor": 1}, "yarn did not change any frequency"),
         ((128, "alibi"), {}, "method must be one of default, linear"),
         ((128,), {"beta": 1}, "yarn has no parameter 'beta'"),
         ((128,), {"original_length": -4}, "original_length must be"),
