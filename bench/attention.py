@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench import eager, peers, suite
 from bench.case import FORWARD, Case
-from fastllm import ops
+from fastllm import ops, use_backend
 
 WINDOW, SINKS = 1024, 4
 DOCUMENTS = (300, 1700, 48, 2000, 1, 47)  # 4096 tokens in all
@@ -37,13 +37,19 @@ def _packed(dtype: torch.dtype) -> tuple[Tensor, ...]:
     return (*(torch.randn(sum(DOCUMENTS), 12, 64).to(dtype) for _ in range(3)), bounds)
 
 
+def _ours(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+    """fastllm's own kernels, wherever the call would go by itself."""
+    with use_backend("cpp" if q.device.type == "cpu" else "triton"):
+        return ops.attention(q, k, v, **options)
+
+
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def _dense(heads: int, length: int, width: int, dtypes: tuple[torch.dtype, ...]) -> Case:
     return Case(
-        "attention", f"causal 1x{heads}x{length}x{width}", _qkv(1, heads, heads, length, length, width), ops.attention,
+        "attention", f"causal 1x{heads}x{length}x{width}", _qkv(1, heads, heads, length, length, width), _ours,
         _causal, eager.exact_attention, peers.attention(), dtypes=dtypes, flops=2 * heads * length * length * width,
     )  # fmt: skip
 
@@ -51,7 +57,7 @@ def _dense(heads: int, length: int, width: int, dtypes: tuple[torch.dtype, ...])
 def _windowed(length: int) -> Case:
     return Case(
         "attention", f"window {WINDOW} sinks {SINKS} 1x2x{length}x64", _qkv(1, 2, 2, length, length, 64),
-        lambda q, k, v: ops.attention(q, k, v, window=WINDOW, sinks=SINKS),
+        lambda q, k, v: _ours(q, k, v, window=WINDOW, sinks=SINKS),
         lambda q, k, v: eager.windowed_attention(q, k, v, WINDOW, SINKS),
         lambda q, k, v: eager.exact_attention(q, k, v, WINDOW, SINKS),
         peers.flex_attention(lambda b, h, i, j: (j <= i) & ((i - j < WINDOW) | (j < SINKS))), dtypes=(torch.bfloat16,),
@@ -77,7 +83,7 @@ CASES = [
     *(_windowed(length) for length in (4096, 16384)),
     Case(
         "attention", "packed 4096x12x64", _packed,
-        lambda q, k, v, bounds: ops.attention(q, k, v, cu_seqlens_q=bounds), eager.packed_attention, eager.packed_attention,
+        lambda q, k, v, bounds: _ours(q, k, v, cu_seqlens_q=bounds), eager.packed_attention, eager.packed_attention,
         dtypes=(torch.bfloat16,), flops=sum(2 * 12 * n * n * 64 for n in DOCUMENTS),
     ),
     *(

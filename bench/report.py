@@ -102,13 +102,14 @@ def pictures(results: Path) -> list[tuple[Path, str]]:
 
 
 def _rules(results: Path) -> str:
-    return rules.text([rows_of(json.loads(file.read_text())) for file in sorted(results.glob("*/attention.json"))])
+    return rules.text([rows_of(json.loads(file.read_text())) for file in _files(results) if file.stem == "attention"])
 
 
 def _files(results: Path) -> list[Path]:
-    """By device; within one in the order of the suites, then by name."""
+    """What suites wrote (other files and those of interrupted runs are not shown), by device, in the order of the suites."""
     order = {name: place for place, name in enumerate(SUITES)}
-    return sorted(results.glob("*/*.json"), key=lambda f: (f.parent.name, order.get(f.stem, len(order)), f.stem))
+    found = [file for file in results.glob("*/*.json") if file.stem in SUITES and file.stat().st_size]
+    return sorted(found, key=lambda f: (f.parent.name, order.get(f.stem, len(order)), f.stem))
 
 
 def _load(file: Path) -> plots.Record:

@@ -53,13 +53,13 @@ def _time(kernel: str, width: int, length: int, quick: bool) -> list[dict[str, A
     chip = attention._chip(torch.device("cuda"))
     q, k, v, grad = (torch.randn(1, 16, length, width, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     rest = (None, None, None, None, None, width**-0.5, True, 0, 0, 0.0)
-    out, lse = attention.forward(q, k, v, *rest)
+    out, lse, lost = attention.forward(q, k, v, *rest)
 
     def call() -> None:
         if kernel == "forward":
             attention.forward(q, k, v, *rest)
         else:
-            attention.backward(grad, None, q, k, v, out, lse, *rest)
+            attention.backward(grad, None, q, k, v, out, lse, lost, *rest)
 
     place, shipped = (kernel, chip), attention._TILES.get((kernel, chip))
     flags = {"BLOCK_D": width, "BLOCK_DV": width, "MASK": False, "WINDOW": False, "SINKS": False}

@@ -73,6 +73,8 @@ def _sdpa_refuses(call: Call) -> str:
             return f"it has no {name}"
     if call.causal and call.q.shape[2] not in (1, call.k.shape[2]):
         return "its causal mask aligns the first query with the first key"
+    if call.q.shape[-1] != call.v.shape[-1]:
+        return "its fused kernels take one head dimension"
     return ""
 
 
@@ -175,7 +177,7 @@ def _expected(device: torch.device, dtype: torch.dtype, learns: bool) -> tuple[t
     """Who is to be asked first on a device where nobody has measured, and why."""
     if device.type == "cuda":
         return ("sdpa", "flash-attn", OURS), "nobody has timed our kernels on this GPU"
-    if dtype != torch.float32 and not learns and torch.cpu._is_amx_tile_supported():
+    if dtype == torch.bfloat16 and not learns and torch.cpu._is_amx_tile_supported():
         return ("sdpa", OURS), "this processor has AMX, which SDPA's forward pass uses and ours does not"
     return (OURS,), "ours is the faster one on every processor without AMX that was measured, and in the backward pass"
 
@@ -194,9 +196,10 @@ def ranking(device: torch.device, dtype: torch.dtype, learns: bool) -> tuple[tup
 
 
 def _rank(device: torch.device, dtype: torch.dtype, learns: bool) -> tuple[tuple[str, ...], str]:
-    measured = FASTEST.get((_device_name(device), str(dtype).removeprefix("torch."), learns))
-    if measured:
-        return measured, f"measured on {_device_name(device)}, see docs/benchmarks.md"
+    if device.type == "cpu" or torch.cuda.is_available():  # else a fake tensor's device, of which nothing is known
+        name = _device_name(device)
+        if measured := FASTEST.get((name, str(dtype).removeprefix("torch."), learns)):
+            return measured, f"measured on {name}, see docs/benchmarks.md"
     return _expected(device, dtype, learns)
 
 

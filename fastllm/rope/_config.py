@@ -36,7 +36,7 @@ def parameters_of(config: Any) -> dict[str, dict[str, Any]]:
     return {"": dict(parameters)}
 
 
-def trained_length(config: Any, before: dict[str, dict[str, Any]]) -> int | None:
+def trained_length(config: Any, before: dict[str, dict[str, Any]]) -> int:
     for old in before.values():
         if found := old.get("original_max_position_embeddings"):
             return int(found)

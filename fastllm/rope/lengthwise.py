@@ -38,14 +38,14 @@ class Frequencies:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.module: Any = module
         self.known: dict[tuple[str, int], Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         module = self.module
         kind = args[0] if args else kwargs.get("layer_type")
-        rope_type = module.rope_type if kind is None else module.rope_type[kind]  # type: ignore[index]
+        rope_type = module.rope_type if kind is None else module.rope_type[kind]
         if rope_type in KINDS:
             level = self.level(int(position_ids.max()) + 1)
             name = "inv_freq" if kind is None else f"{kind}_inv_freq"
@@ -72,7 +72,7 @@ class Frequencies:
 
     def _originals(self) -> dict[str, int]:
         """The trained length of each kind of layer whose frequencies follow the text."""
-        parameters = self.module.config.rope_parameters  # type: ignore[union-attr]
+        parameters = self.module.config.rope_parameters
         by_kind = parameters if "rope_type" not in parameters else {"": parameters}
         return {
             kind: int(of_kind["original_max_position_embeddings"])
@@ -110,7 +110,7 @@ class Recorder:
         positions = positions.expand(ids.shape)
         new = (ids, positions, _real(kwargs.get("attention_mask"), ids))
         self.new, self.wanted = new, ids.shape[1]
-        if past is None:
+        if past is None or cache is None:
             return (), kwargs
         level = self.frequencies.level(int(positions.max()) + 1)
         if level == past.level:
@@ -165,6 +165,8 @@ def _tokens_layer() -> type:
             self.is_initialized = True
 
         def history(self) -> tuple[Tensor, Tensor, Tensor]:
+            assert self.keys is not None
+            assert self.values is not None
             values = self.values[:, 0]
             return self.keys[:, 0, :, 0], values[..., 0], values[..., 1].bool()
 

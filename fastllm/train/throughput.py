@@ -7,6 +7,7 @@ Sources: Chowdhery et al., PaLM (arXiv 2204.02311), appendix B; Korthikanti et a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,8 @@ def peak_flops(device: str | torch.device, dtype: torch.dtype) -> float | None:
             return None
         device = torch.cuda.get_device_name(device)
     words = device.replace("-", " ").split()
+    if "MIG" in words:  # a part of a GPU
+        return None
     for name, peak in _PEAKS.items():
         if all(word in words for word in name.split()):
             return peak
@@ -107,11 +110,11 @@ class Throughput:
 def step_flops(model: nn.Module, lengths: Sequence[int], *, convention: str = "causal") -> StepFlops:
     """FLOPs of one training step (forward and backward) of a causal language model of Transformers.
 
-    A token costs 6·(N - N_embedding): 2 for each weight forward, 2 for the gradient of the activations, 2 for that of
-    the weight. A frozen weight takes 4; a weight of an expert counts for the share of the experts that a token visits;
-    a table that only looks up counts nothing, a head tied to it does. Attention costs 6·H·D·Σs² per layer under the causal
-    mask, less where a window hides more; D is the mean of the widths of keys and values where they differ.
-    Padding is not work: FLOPs are those of the real tokens.
+    A token costs 6·(N - N_embedding): 2 for each weight forward, 2 for the gradient of the activations, 2 for that of the
+    weight. A frozen weight takes 4, and 2 where nothing before it is trained, so that no gradient goes further down. A weight of
+    an expert counts for the share of the experts that a token visits. A table that only looks up counts nothing, a head tied to
+    it does. Attention costs 6·H·D·Σs² per layer under the causal mask, less where a window hides more; D is the mean of the
+    widths of keys and values where they differ. Padding is not work: FLOPs are those of the real tokens.
 
     Args:
         model: plain, patched, wrapped by PEFT, or with parameters sharded by ZeRO-3. Layers for which gradient
@@ -128,15 +131,25 @@ def step_flops(model: nn.Module, lengths: Sequence[int], *, convention: str = "c
         raise ValueError(f"lengths must not be negative, got {min(lengths)}")
     tokens = sum(lengths)
     repeated = _checkpointed(model)
+    first = next((name for name, parameter in model.named_parameters() if parameter.requires_grad), None)
     model_flops = again = 0.0
+    below = first is not None  # in the order of the modules, which is that of the forward pass
     for name, parameter, used in _weights(model):
+        below = below and name != first and not parameter.requires_grad
         count = 2.0 * used * tokens
-        model_flops += count * (3 if parameter.requires_grad else 2)
+        model_flops += count * (3 if parameter.requires_grad else 1 if below else 2)
         if name in repeated.parameters:
             again += count
     forward = [_attention_forward(*layer, lengths, convention) for layer in _attention_layers(model)]
-    model_flops += 3 * sum(forward)
+    untouched = _layer_of(first) or 0  # layers below the first that is trained have no backward pass
+    model_flops += 3 * sum(forward) - 2 * sum(forward[:untouched])
     return StepFlops(model_flops, model_flops + again + sum(forward) * repeated.share)
+
+
+def _layer_of(name: str | None) -> int | None:
+    """The number of the layer that a parameter belongs to."""
+    found = re.search(r"(?:layers|h|blocks|block)\.(\d+)\.", name or "")
+    return int(found.group(1)) if found else None
 
 
 # ---- weights -----------------------------------------------------------------------------------------------------
@@ -150,7 +163,20 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, float]]:
     for name, parameter in model.named_parameters():
         if id(parameter) in tables and id(parameter) not in multiplied:
             continue
+        if not _in_use(model, name):
+            continue
         yield name, parameter, _elements(parameter) * _visited(model, name)
+
+
+def _in_use(model: nn.Module, name: str) -> bool:
+    """False for what PEFT holds beside what it uses: other adapters, the originals of modules it trains, looked-up factors."""
+    active = getattr(model, "active_adapters", None)
+    if not active or callable(active) or not hasattr(model, "peft_config"):
+        return True
+    if ".original_module." in name or "lora_embedding_A" in name:
+        return False
+    others = [adapter for adapter in model.peft_config if adapter not in active]  # type: ignore[union-attr]
+    return not any(f".{adapter}." in f"{name}." for adapter in others)
 
 
 def _elements(parameter: Tensor) -> int:
@@ -191,8 +217,8 @@ def _checkpointed(model: nn.Module) -> _Repeated:
 # ---- attention ---------------------------------------------------------------------------------------------------
 
 
-def _attention_layers(model: nn.Module) -> Iterator[tuple[float, int | None]]:
-    """For every layer with softmax attention: heads x width, and its window."""
+def _attention_layers(model: nn.Module) -> Iterator[tuple[float, int | None, bool]]:
+    """For every layer with softmax attention: heads x width, its reach, and whether that is a chunk rather than a window."""
     config = _config(model)
     heads = _first(config, "num_attention_heads", "n_head", "n_heads")
     layers = _first(config, "num_hidden_layers", "n_layer", "n_layers")
@@ -209,21 +235,26 @@ def _attention_layers(model: nn.Module) -> Iterator[tuple[float, int | None]]:
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
     for kind in kinds[:layers]:
         if kind == "full_attention":
-            yield width, None
+            yield width, None, False
         elif kind == "sliding_attention":
-            yield width, window
+            yield width, window, False
         elif kind == "chunked_attention":
-            yield width, _first(config, "attention_chunk_size")
+            yield width, _first(config, "attention_chunk_size"), True
         # others (linear attention, convolutions) have their work in their weights
 
 
-def _attention_forward(width: float, window: int | None, lengths: Sequence[int], convention: str) -> float:
+def _attention_forward(
+    width: float, reach: int | None, chunked: bool, lengths: Sequence[int], convention: str
+) -> float:
     if convention == "palm":
         return 4 * width * sum(length**2 for length in lengths)
     seen = 0.0
     for length in lengths:
-        near = min(length, window or length)
-        seen += near**2 / 2 + (length - near) * near
+        near = min(length, reach or length)
+        if chunked and near:
+            seen += (length // near * near**2 + (length % near) ** 2) / 2
+        else:
+            seen += near**2 / 2 + (length - near) * near
     return 4 * width * seen
 
 

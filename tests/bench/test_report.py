@@ -126,3 +126,11 @@ def test_rules_of_attention_are_those_measured_often_enough():
     namespace = {}
     exec(rules.text([rows]), namespace)
     assert namespace["FASTEST"] == found
+
+
+def test_files_that_no_suite_wrote_and_empty_ones_are_left_out(folders):
+    results, docs = folders
+    (results / "a" / "gpu.json").write_text('{"stages": []}')
+    (results / "a" / "tiles.json").write_text("[]")
+    (results / "a" / "loss.json").write_text("")  # of a suite that was interrupted before its first row
+    assert report.check(results, docs) == []

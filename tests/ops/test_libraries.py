@@ -130,6 +130,8 @@ def test_lse_and_derivatives_of_derivatives_stay_with_ours(libraries, monkeypatc
         ("cpu", torch.bfloat16, False, True, "sdpa"),
         ("cpu", torch.bfloat16, True, True, "fastllm"),
         ("cpu", torch.float32, False, True, "fastllm"),
+        ("cpu", torch.float16, False, True, "fastllm"),
+        ("cpu", torch.float64, False, True, "fastllm"),
         ("cpu", torch.bfloat16, False, False, "fastllm"),
     ],
 )
@@ -144,5 +146,23 @@ def test_where_nobody_has_measured(device, dtype, learns, amx, first, monkeypatc
 def test_what_was_measured_comes_before_what_is_expected(monkeypatch):
     monkeypatch.setattr(_libraries, "_device_name", lambda device: "a chip")
     monkeypatch.setattr(_libraries, "FASTEST", {("a chip", "bfloat16", True): ("xformers", "fastllm")})
-    assert _libraries._rank(torch.device("cuda"), torch.bfloat16, True)[0] == ("xformers", "fastllm")
-    assert _libraries._rank(torch.device("cuda"), torch.bfloat16, False)[0][0] == "sdpa"
+    assert _libraries._rank(torch.device("cpu"), torch.bfloat16, True)[0] == ("xformers", "fastllm")
+    assert _libraries._rank(torch.device("cpu"), torch.float32, True)[0] == ("fastllm",)
+
+
+def test_a_fake_tensor_of_a_gpu_that_is_not_there_has_a_shape():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        q = torch.empty(1, 2, 4, 8, device="cuda", dtype=torch.bfloat16)
+        assert attention(q, q, q, window=2).shape == (1, 2, 4, 8)
+        assert attention(q, q, q).shape == (1, 2, 4, 8)
+
+
+def test_the_bench_times_our_own_kernels_whoever_would_serve_the_call(monkeypatch):
+    from bench.attention import _ours
+
+    monkeypatch.setattr(_libraries, "ranking", lambda *_: (("sdpa", _libraries.OURS), "a test"))
+    monkeypatch.setitem(_libraries.LIBRARIES, "sdpa", None)  # whoever asks it fails
+    q, k, v = tensors(1, 2, 2, 4, 4, 8, 8)
+    assert _ours(q, k, v).shape == (1, 2, 4, 8)

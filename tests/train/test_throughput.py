@@ -55,7 +55,39 @@ def test_frozen_weights_take_no_weight_gradient():
     model = peft.get_peft_model(llama(), peft.LoraConfig(r=rank, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     frozen = PROJECTIONS + GLU + NORMS + TABLE
     adapters = LAYERS * rank * (HIDDEN + HIDDEN)
-    assert step_flops(model, [12]).model == (4 * frozen + 6 * adapters) * 12 + attention(12)
+    first = HIDDEN * HIDDEN  # the first query projection: nothing below it is trained
+    assert step_flops(model, [12]).model == (4 * frozen - 2 * first + 6 * adapters) * 12 + attention(12)
+
+
+def test_adapters_that_are_not_in_use_and_originals_of_trained_modules_count_nothing():
+    peft = pytest.importorskip("peft")
+    settings = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    plain = peft.get_peft_model(llama(), peft.LoraConfig(r=4, **settings))
+    other = peft.get_peft_model(llama(), peft.LoraConfig(r=4, **settings))
+    other.add_adapter("idle", peft.LoraConfig(r=16, **settings))
+    other.set_adapter("default")
+    assert step_flops(other, [12]) == step_flops(plain, [12])
+    head = peft.get_peft_model(llama(), peft.LoraConfig(r=4, modules_to_save=["lm_head"], **settings))
+    assert step_flops(head, [12]).model == step_flops(plain, [12]).model + 2 * TABLE * 12  # its weight learns
+
+
+def test_frozen_layers_below_the_first_that_learns_have_no_backward_pass():
+    model = llama()
+    model.requires_grad_(False)
+    model.model.layers[2].requires_grad_(True)
+    layer = (PROJECTIONS + GLU) // LAYERS + 2 * HIDDEN
+    expected = (2 * 2 * layer + 6 * layer + 4 * (HIDDEN + TABLE)) * 10 + (2 * 2 + 6) * HEADS * HEAD * 100
+    assert step_flops(model, [10]).model == expected
+
+
+def test_chunked_attention_sees_its_chunk():
+    config = transformers.Llama4TextConfig(
+        **SHAPE, intermediate_size_mlp=INNER, num_local_experts=2, num_experts_per_tok=1, attention_chunk_size=8,
+        layer_types=["chunked_attention"] * LAYERS, moe_layers=[], head_dim=HEAD,
+    )  # fmt: skip
+    model = transformers.Llama4ForCausalLM(config)
+    pairs = step_flops(model, [20]).model - 20 * step_flops(model, [1]).model
+    assert pairs == 12 * LAYERS * HEADS * HEAD * ((2 * 64 + 16) / 2 - 20 / 2)
 
 
 def test_a_window_hides_work():
@@ -126,6 +158,7 @@ def test_arithmetic():
         ("NVIDIA B200", 2250e12),
         ("NVIDIA GeForce RTX 4090", None),
         ("NVIDIA A10", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
     ],
 )
 def test_peaks(name, peak):
