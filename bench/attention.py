@@ -54,6 +54,11 @@ def _dense(heads: int, length: int, width: int, dtypes: tuple[torch.dtype, ...])
     )  # fmt: skip
 
 
+def _pairs(length: int) -> int:
+    """Queries and keys that see each other under the window and the sinks."""
+    return sum(min(p + 1, WINDOW) + min(SINKS, max(0, p + 1 - WINDOW)) for p in range(length))
+
+
 def _windowed(length: int) -> Case:
     return Case(
         "attention", f"window {WINDOW} sinks {SINKS} 1x2x{length}x64", _qkv(1, 2, 2, length, length, 64),
@@ -61,12 +66,12 @@ def _windowed(length: int) -> Case:
         lambda q, k, v: eager.windowed_attention(q, k, v, WINDOW, SINKS),
         lambda q, k, v: eager.exact_attention(q, k, v, WINDOW, SINKS),
         peers.flex_attention(lambda b, h, i, j: (j <= i) & ((i - j < WINDOW) | (j < SINKS))), dtypes=(torch.bfloat16,),
-        flops=4 * 2 * length * min(length, WINDOW + SINKS) * 64, length=length,
+        flops=4 * 2 * _pairs(length) * 64, length=length,
     )  # fmt: skip
 
 
 def _dilated(length: int) -> Case:
-    seen = sum(segment / rate**2 for segment, rate in zip(SEGMENTS, RATES)) / 2
+    seen = sum(min(segment, length) / rate**2 for segment, rate in zip(SEGMENTS, RATES)) / 2
     return Case(
         "dilated_attention", f"1x16x{length}x64", _qkv(1, 16, 16, length, length, 64),
         lambda q, k, v: ops.dilated_attention(q, k, v, SEGMENTS, RATES),

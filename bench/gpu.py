@@ -7,7 +7,6 @@ the disk when the next begins, and stays there when the time is up or someone pr
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import device, machine
+from bench.arguments import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -138,12 +138,14 @@ def _write(file: Path, record: Any) -> None:
 
 
 def main(arguments: Sequence[str], plan: Sequence[Stage] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench gpu", description=(__doc__ or "").split("\n\n")[0])
+    parser = Parser(prog="python -m bench gpu", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--minutes", type=float, default=9.0, help="for all of it (default 9)")
     parser.add_argument("--out", type=Path, help="folder for the results (default bench/results/NAME-OF-THE-GPU)")
     parser.add_argument("--quick", action="store_true", help="few runs of each case: does all of it work?")
     parser.add_argument("--device", choices=device.NAMES, default="cuda", help="cpu: the same stages without a GPU")
     options = parser.parse_args(arguments)
+    if not options.minutes > 0:
+        parser.error(f"--minutes must be greater than 0, got {options.minutes:g}")
     try:
         device.find(options.device)
     except device.Absent as absent:

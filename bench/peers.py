@@ -68,7 +68,9 @@ def attention() -> Peer:
 
     def flash() -> Callable[..., Any]:
         function = importlib.import_module("flash_attn").flash_attn_func
-        return _for_gpu(lambda q, k, v: function(*_tokens_first(q, k, v), causal=True).transpose(1, 2))
+        return _for_gpu(
+            lambda q, k, v: function(*_tokens_first(q, k, v), causal=True, deterministic=True).transpose(1, 2)
+        )
 
     def xformers() -> Callable[..., Any]:
         library = importlib.import_module("xformers.ops")

@@ -172,7 +172,7 @@ def by_length(grown: dict[str, list[Row]]) -> Figure:
         axes.xaxis.minorticks_off()
         _plain_ticks(axes.yaxis)
         axes.grid(alpha=0.3)
-        axes.set_title(title)
+        axes.set_title(title, fontsize=8)
         axes.set(xlabel="L", ylabel="ms, median and quartiles")
     for axes in panels[len(grown) :]:
         axes.remove()

@@ -31,10 +31,11 @@ Written by `make docs` from [bench/results](../bench/results); no number here wa
 something became slower.
 
 Every contestant of a case takes its turn in one process, on fresh random inputs that no cache holds; times are medians.
-Results are checked in the same run against fp64: a wrong one is marked WRONG and has no time. The limit is what the
-machine can do at best: the bytes that must move at the speed of a large copy, or the FLOPs at that of a large matrix
-product, both timed in turn with the contestants. "3.00×" under a peer means that it takes three times as long as fastllm;
-below 1× it is the faster one. Memory is what a call needs at its peak beyond its inputs, results included.
+Results are checked in the same run against fp64: a wrong one is marked WRONG and has no time. The limit is the bytes
+that must move at the speed of a large copy, or the FLOPs at that of a large matrix product of PyTorch (in fp32 not the
+most a processor can do), both timed in turn with the contestants. "3.00×" under a peer means that it takes three times
+as long as fastllm; below 1× it is the faster one. Memory is what a call needs at its peak beyond its inputs, results
+included.
 """
 
 

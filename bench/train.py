@@ -88,6 +88,7 @@ def main(arguments: Sequence[str]) -> int:
     )
 
     rows: list[dict[str, Any]] = []
+    failed = False
     for checkpointing in {"without": (False,), "with": (True,), "both": (False, True)}[chosen.checkpointing]:
         name = f"train step llama {shape.name} bf16 {shape.rows[on.name]}x{TOKENS}"
         case = f"{name}{' checkpointing' if checkpointing else ''}"
@@ -97,9 +98,9 @@ def main(arguments: Sequence[str]) -> int:
             try:
                 of_case += measure(kinds, shape, checkpointing, on, runs, matmul)
             except RuntimeError as error:
-                if "OutOfMemoryError" not in str(error):
-                    raise
-                out.print(f"{case}: {' and '.join(kinds)} ran out of memory", style="bold red")
+                failed = True
+                why = (str(error).strip().splitlines() or [""])[-1]
+                out.print(f"{case}: {' and '.join(kinds)} failed: {why}", style="bold red")
         if not of_case:
             continue
         rate = 2 * on.matmul_size**3 / statistics.median(matmul)
@@ -125,7 +126,7 @@ def main(arguments: Sequence[str]) -> int:
     if chosen.plot:
         for path in plots.draw(rows, Path(chosen.plot), "train"):
             out.print(f"plot: {path}")
-    return 0
+    return int(failed)
 
 
 def measure(

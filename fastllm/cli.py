@@ -164,13 +164,17 @@ def _wavelengths(found: Any) -> str:
     pairs = found.head_dim // 2
     shown = sorted({round(n * (pairs - 1) / min(15, max(1, pairs - 1))) for n in range(min(16, pairs))})
     waves = {pair: 2 * math.pi * found.base ** (2 * pair / found.head_dim) for pair in shown}
-    longest = max(*waves.values(), found.target_length, found.bound)
+    longest = max(*waves.values(), found.target_length, found.bound or 0)
     columns = 60
 
     def column(tokens: float) -> int:
         return round(columns * math.log(max(tokens, 6)) / math.log(longest))
 
-    marks = {column(found.bound): "B", column(found.target_length): "T", column(found.trained_length): "|"}
+    marks = {
+        column(found.bound or found.target_length): "B",
+        column(found.target_length): "T",
+        column(found.trained_length): "|",
+    }
     lines = ["wavelengths in tokens, on a logarithmic scale: | trained length, T target, B predicted bound"]
     for pair, wave in waves.items():
         bar = "".join(marks.get(c) or ("=" if c <= column(wave) else " ") for c in range(columns + 1)).rstrip()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -60,6 +61,8 @@ def _common(call: Call) -> str:
         return "it has no sinks"
     if call.return_lse:
         return "it returns no lse"
+    if not call.scale > 0:
+        return "it masks before it scales, which a scale that is not positive does not survive"
     if call.q.numel() == 0 or call.k.numel() == 0:
         return "nothing to compute"
     return ""
@@ -75,6 +78,12 @@ def _sdpa_refuses(call: Call) -> str:
         return "its causal mask aligns the first query with the first key"
     if call.q.shape[-1] != call.v.shape[-1]:
         return "its fused kernels take one head dimension"
+    if (
+        call.q.is_cuda
+        and call.q.shape[1] != call.k.shape[1]
+        and (call.q.dtype == torch.float32 or call.q.shape[-1] > 256)
+    ):
+        return "it has no fused kernel for grouped heads here"
     return ""
 
 
@@ -147,7 +156,7 @@ class Library:
     on_cpu: bool = False
 
     def absent(self) -> str:
-        return "" if _installed(self.module) else f"{self.module} is not installed"
+        return _absent(self.module)
 
 
 LIBRARIES = {
@@ -158,8 +167,19 @@ LIBRARIES = {
 
 
 @functools.cache
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+def _absent(module: str) -> str:
+    """Why a library cannot be called; empty when it can."""
+    if module == "torch":
+        return ""
+    if importlib.util.find_spec(module) is None:
+        return f"{module} is not installed"
+    try:
+        library = importlib.import_module(module)
+    except Exception as error:  # built for another torch, say
+        return f"{module} does not import: {(str(error).splitlines() or [''])[0]}"
+    if module == "flash_attn" and "softcap" not in inspect.signature(library.flash_attn_func).parameters:
+        return "flash_attn is older than 2.6"
+    return ""
 
 
 # ---- which is the fastest --------------------------------------------------------------------------------------------

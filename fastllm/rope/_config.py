@@ -19,7 +19,12 @@ def config_of(model_or_config: Any) -> Any:
     config = model_or_config if hasattr(model_or_config, "model_type") else getattr(model_or_config, "config", None)
     if config is None:
         raise ConfigError(f"{type(model_or_config).__name__} has no config")
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    try:
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        text.head_dim if hasattr(type(text), "head_dim") else None
+    except Exception as error:  # of configs whose layers differ in it
+        raise ConfigError(f"{type(config).__name__}: {' '.join(str(error).split())}") from error
+    return text
 
 
 def _nested(parameters: dict[str, Any]) -> bool:

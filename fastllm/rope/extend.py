@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,10 +15,15 @@ from torch import Tensor, nn
 from fastllm.errors import ConfigError
 from fastllm.rope import laws, lengthwise
 from fastllm.rope._config import config_of, is_local, parameters_of, rotated, trained_length
-from fastllm.rope.scaling import METHODS, scaling
+from fastllm.rope.scaling import _METHODS, METHODS, scaling
 
 _KEPT = "_fastllm_context"  # where a model keeps what restore_context needs
 # What a config of transformers calls each method; the others by their own names.
+_OF_METHODS = {
+    "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "exponent", "beta_fast", "beta_slow",
+    "truncate", "mscale", "mscale_all_dim", "attention_factor", "low_freq_factor", "high_freq_factor", "short_factor",
+    "long_factor",
+}  # fmt: skip
 _TYPES = {"abf": "default", "dynamic": lengthwise.DOUBLING}
 
 
@@ -88,11 +94,13 @@ def extend_context(model: nn.Module, max_length: int, method: str = "yarn", **pa
     if method not in METHODS:
         raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     config = config_of(model)
-    rotary = dict(_rotary_modules(model))
+    rotary = dict(_rotary_modules(model, config))
     if not rotary or not getattr(config, "rope_parameters", None):
         raise ConfigError(f"{type(model).__name__} has no rotary position embedding to rescale")
+    _derived_elsewhere(model)
     current = _state(config, rotary)
-    kept = model.__dict__.get(_KEPT, current)
+    holder = next(iter(rotary.values()))  # wrappers of the model come and go; this module stays
+    kept = holder.__dict__.get(_KEPT, current)
     length_before, parameters_before = getattr(config, "max_position_embeddings", 0), parameters_of(config)
     try:
         _put_back(model, kept)
@@ -101,7 +109,7 @@ def extend_context(model: nn.Module, max_length: int, method: str = "yarn", **pa
     except BaseException:
         _put_back(model, current)
         raise
-    model.__dict__[_KEPT] = kept
+    holder.__dict__[_KEPT] = kept
     if plan.bound is not None and max_length > plan.bound:
         warnings.warn(
             f"{max_length} tokens lie beyond the {plan.bound:,.0f} that the scaling laws predict for this base",
@@ -117,8 +125,9 @@ def restore_context(model: nn.Module) -> None:
     """Undoes ``extend_context``: frequencies and config are what they were, to the last bit. Nothing to a model not extended."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if kept := model.__dict__.pop(_KEPT, None):
-        _put_back(model, kept)
+    for module in list(model.modules()):
+        if kept := module.__dict__.pop(_KEPT, None):
+            _put_back(model, kept)
 
 
 @dataclass(frozen=True)
@@ -133,15 +142,17 @@ class _Plan:
 
 def _plan(config: Any, max_length: int, method: str, params: dict[str, Any]) -> _Plan:
     """The RoPE parameters to come, all of them checked."""
+    for name in ("head_dim", "base", "length"):
+        if name in params:
+            raise ConfigError(f"{name} is the model's own, and no parameter of {method}")
     before = parameters_of(config)
     original, factor = params.pop("original_length", None), params.pop("factor", None)
     original = trained_length(config, before) if original is None else original
     if not isinstance(original, int) or original < 1:
         raise ConfigError(f"original_length must be a number of tokens, at least 1, got {original!r}")
-    if factor is None and max_length <= original and not params:
-        raise ConfigError(
-            f"max_length must lie beyond the {original} tokens the model was trained for, got {max_length}"
-        )
+    reads = max(original, getattr(config, "max_position_embeddings", None) or 0)
+    if factor is None and max_length <= reads and not params and not _follows(before):
+        raise ConfigError(f"max_length must lie beyond the {reads} tokens that the model reads, got {max_length}")
     factor = max(1.0, max_length / original) if factor is None else factor
     after, dims = {}, {}
     for kind, old in before.items():
@@ -155,16 +166,26 @@ def _plan(config: Any, max_length: int, method: str, params: dict[str, Any]) -> 
 def _apply(model: nn.Module, config: Any, rotary: dict[str, nn.Module], plan: _Plan) -> list[str]:
     """Changes config and modules and proves that it told; returns the paths of the modules."""
     follows = plan.method in ("dynamic", "longrope")
+    same = all(parameters_of(config)[kind] == new for kind, new in plan.after.items())  # loaded again, say
+    name = type(model).__name__
+    for path, module in rotary.items():
+        if not _as_told(module, config):
+            raise ConfigError(
+                f"{path} of {name} does not have the frequencies that its config tells: its RoPE is not of the usual kind"
+            )
     old_logits, positions = _logits(model, config, plan.original)
     _set_parameters(config, plan.after)
     # "dynamic" finds its factor from this number, which stays that of the training
     config.max_position_embeddings = plan.original if plan.method == "dynamic" else max(plan.length, plan.original)
+    if plan.method in ("linear", "abf"):  # their parameters have no room for it
+        config.original_max_position_embeddings = plan.original
     _validate(config, plan.method)
     changed = [name for name, module in rotary.items() if _rebuild(module, config)]
     if follows:
-        for name, module in rotary.items():
-            lengthwise.install(_owner(model, name), module)
-    name = type(model).__name__
+        for path, module in rotary.items():
+            lengthwise.install(_owner(model, path), module)
+    if same and follows:
+        return list(rotary)
     if not changed and not follows:
         raise ConfigError(f"{plan.method} did not change any frequency of {name}: its RoPE is not of the usual kind")
     new_logits, _ = _logits(model, config, plan.original, positions)
@@ -178,12 +199,28 @@ def _apply(model: nn.Module, config: Any, rotary: dict[str, nn.Module], plan: _P
 # ---- what is there ---------------------------------------------------------------------------------------------------
 
 
-def _rotary_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that hold frequencies and were built from a config with RoPE parameters."""
+def _rotary_modules(model: nn.Module, config: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that hold frequencies and were built from this config: not those of towers or decoders with one of their own."""
     for name, module in model.named_modules():
         holds = any(buffer.endswith("inv_freq") for buffer in module._buffers)
-        if holds and getattr(getattr(module, "config", None), "rope_parameters", None):
+        own = getattr(module, "config", None)
+        if holds and getattr(own, "previous", own) is config:
             yield name, module
+
+
+def _derived_elsewhere(model: nn.Module) -> None:
+    """Some attentions scale their scores by RoPE parameters that only their constructor reads."""
+    for module in model.modules():
+        code = getattr(type(module).__init__, "__code__", None)
+        if code is not None and any("mscale" in str(word) for word in (*code.co_names, *code.co_consts)):
+            raise ConfigError(
+                f"{type(module).__name__} finds its scale from RoPE parameters when it is built: change the config and load the "
+                "model again"
+            )
+
+
+def _follows(before: dict[str, dict[str, Any]]) -> bool:
+    return any(of_kind.get("rope_type") in lengthwise.KINDS for of_kind in before.values())
 
 
 def _owner(model: nn.Module, name: str) -> nn.Module:
@@ -203,7 +240,10 @@ def _rescaled(
 ) -> dict[str, Any]:
     """The RoPE parameters of a config for this method; `params` are checked by trying them."""
     base, params = float(old["rope_theta"]), dict(params)
-    kept = {k: old[k] for k in ("partial_rotary_factor",) if k in old}
+    kept = {k: v for k, v in old.items() if k not in _OF_METHODS}  # of the family: partial rotation, sections, ...
+    if old.get("rope_type") == _TYPES.get(method, method):  # its own settings, unless others are given
+        known = inspect.signature(_METHODS[method]).parameters
+        params = {k: v for k, v in old.items() if k in known and k != "rope"} | params
     if method == "abf":
         params.setdefault("adjusted_base", laws.base_for(dim, base, original, length))
     scaling(method, head_dim=dim, base=base, original_length=original, factor=factor, length=length, **params)
@@ -249,11 +289,36 @@ def _bound(
 # ---- changing it -----------------------------------------------------------------------------------------------------
 
 
+def _built(module: nn.Module, config: Any) -> nn.Module:
+    """What a rotary module's constructor makes of the config now."""
+    try:
+        with torch.device("cpu"):
+            return type(module)(config)
+    except Exception as error:  # of a constructor of transformers, of many types
+        raise ConfigError(f"{type(module).__name__} cannot be built: {' '.join(str(error).split())}") from error
+
+
+def _as_told(module: nn.Module, config: Any) -> bool:
+    """Whether a rotary module's frequencies are those of its config, as far as their dtype holds them; frequencies that follow
+    the text are what they were last."""
+    parameters = config.rope_parameters
+    kinds = [of for of in ([parameters] if "rope_type" in parameters else parameters.values()) if of]
+    if any("dynamic" in of.get("rope_type", "") or of.get("rope_type") == "longrope" for of in kinds):
+        return True
+    fresh = _built(module, config)
+    for name, value in fresh._buffers.items():
+        there = module._buffers.get(name)
+        if there is None or value is None or there.device.type == "meta" or not name.endswith("inv_freq"):
+            continue
+        if there.shape != value.shape or not torch.allclose(there.cpu(), value.to(there.dtype), rtol=1e-2, atol=1e-7):
+            return False
+    return True
+
+
 def _rebuild(module: nn.Module, config: Any) -> bool:
     """Gives a rotary module what its constructor makes of the config now; True where frequencies are others than before."""
     before = dict(module._buffers)
-    with torch.device("cpu"):
-        fresh = type(module)(config)
+    fresh = _built(module, config)
     module.__dict__.update(_attributes(fresh))
     changed = False
     for name, value in fresh._buffers.items():
@@ -280,14 +345,15 @@ def _state(config: Any, rotary: dict[str, nn.Module]) -> dict[str, Any]:
     return {
         "rope_parameters": copy.deepcopy(config.rope_parameters),
         "max_position_embeddings": getattr(config, "max_position_embeddings", None),
+        "original_length": getattr(config, "original_max_position_embeddings", None),
         "follows": any(isinstance(m.__dict__.get("forward"), lengthwise.Frequencies) for m in rotary.values()),
-        "rotary": {
-            name: {
+        "rotary": [
+            {
                 "attributes": _attributes(module),
                 "buffers": {k: None if v is None else v.clone() for k, v in module._buffers.items()},
             }
-            for name, module in rotary.items()
-        },
+            for module in rotary.values()
+        ],
     }
 
 
@@ -295,14 +361,15 @@ def _put_back(model: nn.Module, kept: dict[str, Any]) -> None:
     config = config_of(model)
     config.rope_parameters = copy.deepcopy(kept["rope_parameters"])
     config.max_position_embeddings = kept["max_position_embeddings"]
-    modules = dict(model.named_modules())
-    for name, state in kept["rotary"].items():
-        module = modules[name]
+    if kept["original_length"] is None:
+        config.__dict__.pop("original_max_position_embeddings", None)
+    for (name, module), state in zip(dict(_rotary_modules(model, config)).items(), kept["rotary"]):
         lengthwise.remove(_owner(model, name), module)
         module.__dict__.update({k: copy.copy(v) for k, v in state["attributes"].items()})
         for buffer, value in state["buffers"].items():
             there = module._buffers.get(buffer)
-            device = there.device if there is not None and there.device.type != "meta" else None
+            real = value is not None and value.device.type != "meta"
+            device = there.device if real and there is not None and there.device.type != "meta" else None
             module._buffers[buffer] = value if value is None or device is None else value.to(device)
         for buffer in set(module._buffers) - set(state["buffers"]):
             del module._buffers[buffer]
@@ -329,7 +396,9 @@ def _logits(
     model.eval()
     try:
         out = model(input_ids=tokens, position_ids=positions, use_cache=False)
-    except TypeError:
+    except TypeError as error:
+        if "unexpected keyword" not in str(error):
+            raise
         return None, positions
     finally:
         for module, was in training.items():

@@ -79,7 +79,7 @@ class Recommendation:
     base: float
     head_dim: int
     critical_dimension: int
-    bound: float
+    bound: float | None
     needs_tuning: bool
     reason: str
     command: str = field(default="")
@@ -90,8 +90,10 @@ class Recommendation:
                 f"trained for {self.trained_length:,} tokens with base {self.base:g}; {self.critical_dimension} of {self.head_dim} "
                 "rotated dimensions have seen a whole turn",
                 f"{self.target_length:,} tokens are {self.factor:.3g} times that: {self.method}. {self.reason}",
-                f"predicted bound once tuned so: {self.bound:,.0f} tokens",
-                self.command,
+                "The laws predict no bound for it."
+                if self.bound is None
+                else f"Predicted bound: {self.bound:,.0f} tokens.",
+                *([self.command] if self.command else []),
             ]
         )
 
@@ -120,8 +122,8 @@ def recommend(model_or_config: Any, target_length: int) -> Recommendation:
     factor = target_length / length
     params: dict[str, Any] = {}
     tuned_base = base
-    if factor <= 1:
-        method, tuning, reason = "default", False, "The model was trained for it: nothing is needed."
+    if factor <= 1 or target_length <= (getattr(config, "max_position_embeddings", None) or 0):
+        method, tuning, reason = "default", False, "By its configuration the model reads them: nothing is needed."
     elif factor <= YARN_STRETCH:
         method, tuning = "yarn", False
         reason = "Works without tuning, better after a few hundred steps at the new length."
@@ -131,9 +133,9 @@ def recommend(model_or_config: Any, target_length: int) -> Recommendation:
         params = {"adjusted_base": float(f"{tuned_base:.6g}")}
         reason = f"Beyond {YARN_STRETCH:g} times, a base of {params['adjusted_base']:g} and tuning at long lengths; worse until then."
     extra = critical_dimension(dim, length, base)
-    bound = max(float(length), target_length if method == "yarn" else 0.0, 2 * math.pi * tuned_base ** (extra / dim))
+    bound = None if method == "yarn" else max(float(length), 2 * math.pi * tuned_base ** (extra / dim))
     arguments = "".join(f", {name}={value!r}" for name, value in params.items())
-    command = f"fastllm.extend_context(model, {target_length}, {method!r}{arguments})" if factor > 1 else ""
+    command = f"fastllm.extend_context(model, {target_length}, {method!r}{arguments})" if method != "default" else ""
     return Recommendation(
         target_length, length, method, params, factor, base, dim, extra, bound, tuning, reason, command
     )  # fmt: skip

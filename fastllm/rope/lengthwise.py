@@ -112,9 +112,17 @@ class Recorder:
         self.new, self.wanted = new, ids.shape[1]
         if past is None or cache is None:
             return (), kwargs
+        if past.of is not self.frequencies:
+            raise ConfigError("this cache was filled under other frequencies: begin with a new one")
+        mask = kwargs.get("attention_mask")
         level = self.frequencies.level(int(positions.max()) + 1)
         if level == past.level:
             return (), kwargs
+        if isinstance(mask, Tensor) and mask.dim() == 4 and not _is_causal(mask):
+            raise ConfigError(
+                "the frequencies of this text change now, and the cache cannot be filled again under a mask of 4 "
+                "dimensions that is not the causal one: give a mask of 2"
+            )
         whole = [torch.cat(pair, 1) for pair in zip(past.history(), new)]
         for layer in cache.layers:
             _empty(layer)
@@ -135,6 +143,7 @@ class Recorder:
                 layer = _tokens_layer()()
                 cache.layers.append(layer)
             layer.add(ids, positions, real)
+            layer.of = self.frequencies
             layer.level = self.frequencies.level(int(positions.max()) + 1)
         if ids.shape[1] > self.wanted:
             for name in ("last_hidden_state", "hidden_states"):
@@ -155,6 +164,8 @@ def _tokens_layer() -> type:
         keys: (B, 1, L, 1) tokens; values: (B, 1, L, 2) positions, and 1 where a token is real."""
 
         level = 0
+        of: Any = None  # the frequencies under which the cache was filled
+        is_compileable = True  # whether a cache is, the other layers decide
 
         def add(self, ids: Tensor, positions: Tensor, real: Tensor) -> None:
             self.update(ids[:, None, :, None], torch.stack((positions.to(ids), real.to(ids)), -1)[:, None])
@@ -183,13 +194,20 @@ def _tokens_of(cache: Any) -> Any:
 
 def _empty(layer: Any) -> None:
     """Forgets what a layer of a cache holds, in place where its size is fixed."""
-    if hasattr(layer, "max_cache_len"):
-        layer.reset()
+    layer.reset()
+    if hasattr(layer, "max_cache_len") or not hasattr(layer, "keys"):
         return
     layer.keys = layer.values = None
     layer.is_initialized = False
     if hasattr(layer, "cumulative_length"):
         layer.cumulative_length = 0
+
+
+def _is_causal(mask: Tensor) -> bool:
+    """Whether every real query of a mask (B, H, Lq, Lk) sees a run of keys up to itself, as padding on the left leaves it."""
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    steps = (seen[..., 1:] != seen[..., :-1]).sum(-1)
+    return bool((steps <= 2).all())
 
 
 def _real(mask: Any, ids: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def _function(kind: str) -> Callable[..., tuple[torch.Tensor, float]]:
             TYPES[kind], head_dim=int(head * rope.get("partial_rotary_factor", 1.0)), base=rope["rope_theta"],
             original_length=original, factor=rope["factor"], length=doubled(int(seq_len or original), original), **own,
         )  # fmt: skip
-        return found.inv_freq.to(device), found.attention_factor
+        return found.inv_freq.to(device or torch.get_default_device()), found.attention_factor
 
     return parameters
 

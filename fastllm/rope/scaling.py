@@ -52,10 +52,12 @@ def scaling(
     Raises:
         ConfigError: an unknown method or parameter, or numbers that have no meaning.
     """
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if not isinstance(head_dim, int) or head_dim < 2 or head_dim % 2:
         raise ConfigError(f"head_dim must be an even number of rotated dimensions, at least 2, got {head_dim!r}")
+    if not isinstance(base, (int, float)):
+        raise ConfigError(f"base must be a number, got {base!r}")
     for name, value, least in (("base", base, 1.0), ("original_length", original_length, 0), ("length", length, 0)):
         if value is not None and not value > least:
             raise ConfigError(f"{name} must be greater than {least:g}, got {value!r}")
@@ -66,12 +68,24 @@ def scaling(
     if unknown := [name for name in params if name not in known]:
         takes = f"takes {', '.join(known)}" if known else "takes no parameters of its own"
         raise ConfigError(f"{method} has no parameter {unknown[0]!r}: it {takes}")
+    for name, value in (("factor", factor), *params.items()):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{name} must be finite, got {value!r}")
+    if factor is not None and (isinstance(factor, bool) or not isinstance(factor, (int, float))):
+        raise ConfigError(f"factor must be a number, got {factor!r}")
     stretch = factor if factor is not None else max(1.0, length / original_length) if length else None
     if stretch is not None and not stretch >= 1:
         raise ConfigError(f"factor must be at least 1, got {factor!r}")
     how = _Rope(method, head_dim, float(base), original_length, stretch, length)
-    inv_freq, attention_factor = function(how, **params)
-    return RopeScaling(inv_freq.float(), float(attention_factor))
+    try:
+        with torch.device("cpu"):  # values, also where a model is being built without any
+            inv_freq, attention_factor = function(how, **params)
+        found = RopeScaling(inv_freq.float(), float(attention_factor))
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ConfigError(f"{method} cannot be computed from {params}: {error}") from error
+    if not (found.inv_freq.isfinite().all() and math.isfinite(found.attention_factor) and found.attention_factor > 0):
+        raise ConfigError(f"{method} with {params} gives no finite frequencies and attention factor")
+    return found
 
 
 class _Rope(NamedTuple):

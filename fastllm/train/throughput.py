@@ -114,7 +114,8 @@ def step_flops(model: nn.Module, lengths: Sequence[int], *, convention: str = "c
     weight. A frozen weight takes 4, and 2 where nothing before it is trained, so that no gradient goes further down. A weight of
     an expert counts for the share of the experts that a token visits. A table that only looks up counts nothing, a head tied to
     it does. Attention costs 6·H·D·Σs² per layer under the causal mask, less where a window hides more; D is the mean of the
-    widths of keys and values where they differ. Padding is not work: FLOPs are those of the real tokens.
+    widths of keys and values where they differ. Padding is not work: FLOPs are those of the real tokens. Towers for images and
+    sound are left out.
 
     Args:
         model: plain, patched, wrapped by PEFT, or with parameters sharded by ZeRO-3. Layers for which gradient
@@ -129,11 +130,16 @@ def step_flops(model: nn.Module, lengths: Sequence[int], *, convention: str = "c
         raise ValueError(f"convention must be one of {', '.join(CONVENTIONS)}, got {convention!r}")
     if any(length < 0 for length in lengths):
         raise ValueError(f"lengths must not be negative, got {min(lengths)}")
+    while not hasattr(getattr(model, "config", None), "model_type"):
+        inner = getattr(model, "module", None)  # of DDP or DeepSpeed
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
     tokens = sum(lengths)
     repeated = _checkpointed(model)
-    first = next((name for name, parameter in model.named_parameters() if parameter.requires_grad), None)
+    first = None if repeated.share else _first_trained(model)  # checkpointing has gradients go down to the embedding
     model_flops = again = 0.0
-    below = first is not None  # in the order of the modules, which is that of the forward pass
+    below = first is not None
     for name, parameter, used in _weights(model):
         below = below and name != first and not parameter.requires_grad
         count = 2.0 * used * tokens
@@ -141,9 +147,20 @@ def step_flops(model: nn.Module, lengths: Sequence[int], *, convention: str = "c
         if name in repeated.parameters:
             again += count
     forward = [_attention_forward(*layer, lengths, convention) for layer in _attention_layers(model)]
-    untouched = _layer_of(first) or 0  # layers below the first that is trained have no backward pass
+    layer = _layer_of(first)  # below it nothing runs backward; below the head, nothing at all
+    untouched = 0 if first is None else len(forward) if layer is None else layer
     model_flops += 3 * sum(forward) - 2 * sum(forward[:untouched])
     return StepFlops(model_flops, model_flops + again + sum(forward) * repeated.share)
+
+
+def _first_trained(model: nn.Module) -> str | None:
+    """The first trained parameter, where it is known what runs before it: all that are trained are in layers or in the head."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    of_head = {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    known = all(_layer_of(name) is not None or id(p) in of_head for name, p in trained)
+    tied = any(id(m.weight) in of_head for m in model.modules() if isinstance(m, nn.Embedding))
+    return trained[0][0] if trained and known and not tied else None
 
 
 def _layer_of(name: str | None) -> int | None:
@@ -163,9 +180,12 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, float]]:
     for name, parameter in model.named_parameters():
         if id(parameter) in tables and id(parameter) not in multiplied:
             continue
-        if not _in_use(model, name):
+        if not _in_use(model, name) or _TOWER.search(name):
             continue
         yield name, parameter, _elements(parameter) * _visited(model, name)
+
+
+_TOWER = re.compile(r"(^|\.)(vision|visual|audio|image)[a-z_]*\.")  # sees no token of the text
 
 
 def _in_use(model: nn.Module, name: str) -> bool:
@@ -233,14 +253,13 @@ def _attention_layers(model: nn.Module) -> Iterator[tuple[float, int | None, boo
     width = heads * (keys + values) / 2
     window = _first(config, "sliding_window") if getattr(config, "use_sliding_window", True) else None
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
-    for kind in kinds[:layers]:
-        if kind == "full_attention":
-            yield width, None, False
-        elif kind == "sliding_attention":
-            yield width, window, False
-        elif kind == "chunked_attention":
+    for kind in kinds[:layers]:  # linear attention and convolutions have their work in their weights
+        if "linear" in kind or not ("attention" in kind or "hybrid" in kind):
+            continue
+        if "chunked" in kind:
             yield width, _first(config, "attention_chunk_size"), True
-        # others (linear attention, convolutions) have their work in their weights
+        else:
+            yield width, window if "sliding" in kind else None, False
 
 
 def _attention_forward(
@@ -266,4 +285,7 @@ def _config(model: nn.Module) -> Any:
 
 
 def _first(config: Any, *names: str) -> int | None:
-    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
+    try:
+        return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
+    except Exception as error:  # of configs whose layers differ in it
+        raise ValueError(f"{type(config).__name__}: {' '.join(str(error).split())}") from error

@@ -1,5 +1,6 @@
 """Which library serves a call of attention: none that would drop an argument, and each told all that was asked."""
 
+import importlib
 import random
 import sys
 import types
@@ -55,7 +56,7 @@ def memory_efficient(q, k, v, attn_bias, scale):
 @pytest.fixture
 def libraries(monkeypatch):
     """Both installed and willing to take CPU tensors."""
-    monkeypatch.setattr(_libraries, "_installed", lambda module: True)
+    monkeypatch.setattr(_libraries, "_absent", lambda module: "")
     own = types.SimpleNamespace(flash_attn_func=flash, flash_attn_varlen_func=flash_varlen)
     monkeypatch.setitem(sys.modules, "flash_attn", own)
     theirs = types.SimpleNamespace(memory_efficient_attention=memory_efficient, LowerTriangularMask=LowerTriangularMask)
@@ -76,7 +77,12 @@ def random_call(seed, dtype):
     keys, width = maybe(0, 3, 33) or queries, chance.choice([8, 20])
     heads = kv_heads * (maybe(2, 3) or 1)
     q, k, v = (t.to(dtype) for t in tensors(2, heads, kv_heads, queries, keys, width, maybe(8, 16) or width))
-    options = {"causal": chance.random() < 0.7, "scale": maybe(0.3), "window": maybe(1, 6), "softcap": maybe(2.0)}
+    options = {
+        "causal": chance.random() < 0.7,
+        "scale": maybe(0.3, -0.2, 0.0),
+        "window": maybe(1, 6),
+        "softcap": maybe(2.0),
+    }
     options["sinks"] = maybe(0, 3) or 0
     options |= {n: torch.rand(heads) for n in ("sink_logits", "alibi_slopes") if maybe(True)}
     if maybe(True):
@@ -166,3 +172,16 @@ def test_the_bench_times_our_own_kernels_whoever_would_serve_the_call(monkeypatc
     monkeypatch.setitem(_libraries.LIBRARIES, "sdpa", None)  # whoever asks it fails
     q, k, v = tensors(1, 2, 2, 4, 4, 8, 8)
     assert _ours(q, k, v).shape == (1, 2, 4, 8)
+
+
+def test_a_library_that_does_not_import_or_is_too_old_is_not_asked(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol')")
+    _libraries._absent.cache_clear()
+    assert _libraries._absent("flash_attn") == "flash_attn does not import: undefined symbol"
+    (tmp_path / "flash_attn.py").write_text("def flash_attn_func(q, k, v, causal=False): pass")
+    importlib.invalidate_caches()
+    _libraries._absent.cache_clear()
+    assert _libraries._absent("flash_attn") == "flash_attn is older than 2.6"
+    _libraries._absent.cache_clear()

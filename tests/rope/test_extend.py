@@ -220,7 +220,7 @@ def test_a_bad_call_leaves_an_extended_model_extended():
     [
         ((0,), {}, "max_length must be a number of tokens, at least 1, got 0"),
         ((128.5,), {}, "max_length must be"),
-        ((64,), {}, "max_length must lie beyond the 64 tokens"),
+        ((64,), {}, "max_length must lie beyond the 64 tokens that the model reads"),
         ((128,), {"factor": 0}, "factor must be at least 1, got 0"),
         ((128,), {"factor": 1}, "yarn did not change any frequency"),
         ((128, "alibi"), {}, "method must be one of default, linear"),
@@ -241,7 +241,7 @@ def test_a_family_that_takes_one_method_only_says_so():
     model = model_of("phi3")
     config = context_of(model)
     with pytest.raises(ConfigError, match="Phi3Config does not take yarn"):
-        rope.extend_context(model, 256)
+        rope.extend_context(model, 8192)
     assert context_of(model) == config
 
 
@@ -294,3 +294,77 @@ def test_the_command_says_what_the_laws_say(capsys):
     assert json.loads(capsys.readouterr().out)["target_length"] == 32768
     assert cli.main(["context", "gpt2", "--target", "32768"]) == 1
     assert "no RoPE parameters" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["dynamic", "longrope"])
+def test_a_model_loaded_again_follows_its_text_after_extending_it_again(method, tmp_path):
+    model = llama(max_position_embeddings=64).eval()
+    rope.extend_context(model, 512, method, **(LONG if method == "longrope" else {}))
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    rope.extend_context(again, 512, method)
+    for length in (200, 60, 100):  # whatever was read before
+        torch.testing.assert_close(logits(again, length), logits(model, length), rtol=1e-4, atol=1e-4)
+    ids = tokens(1, 80)
+    cache = transformers.StaticCache(config=again.config, max_cache_len=128)
+    with torch.no_grad():
+        found = [again(ids[:, :20], past_key_values=cache).logits]
+        found += [again(ids[:, n : n + 1], past_key_values=cache).logits for n in range(20, 80)]
+        for length in (21, 40, 64, 65, 80):
+            expected = again(ids[:, :length], use_cache=False).logits[:, -1]
+            torch.testing.assert_close(torch.cat(found, 1)[:, length - 1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_trained_length_survives_saving_and_wrapping(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = llama(max_position_embeddings=64).eval()
+    before = logits(model)
+    rope.extend_context(model, 256, "linear")
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert rope.extend_context(again, 512, "linear").original_length == 64
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert rope.extend_context(wrapped, 512, "ntk").original_length == 64
+    rope.restore_context(wrapped)
+    assert torch.equal(logits(model), before)
+
+
+def test_what_a_family_keeps_beside_a_method_stays():
+    model = llama(max_position_embeddings=64).eval()
+    model.config.rope_parameters["mrope_section"] = [4, 2, 2]
+    done = rope.extend_context(model, 256)
+    assert done.after[""]["mrope_section"] == [4, 2, 2]
+    again = rope.extend_context(model, 512, beta_fast=16.0)
+    assert again.after[""]["beta_fast"] == 16.0
+
+
+def test_models_that_their_makers_scaled_read_what_they_read():
+    config = LlamaConfig(
+        **{**SIZES, "max_position_embeddings": 512},
+        rope_parameters={
+            "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    )  # fmt: skip
+    assert rope.laws.recommend(config, 400).method == "default"
+    with pytest.raises(ConfigError, match="beyond the 512 tokens that the model reads"):
+        rope.extend_context(AutoModelForCausalLM.from_config(config), 128)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"factor": "4"}, {"factor": float("inf")}, {"beta_fast": "32"}, {"attention_factor": float("nan")}, {"base": 3}],
+)
+def test_parameters_of_no_meaning_are_config_errors(how):
+    with pytest.raises(ConfigError):
+        rope.extend_context(llama(max_position_embeddings=64).eval(), 256, **how)
+
+
+def test_an_attention_that_took_its_scale_from_rope_is_refused():
+    config = transformers.DeepseekV3Config(
+        vocab_size=97, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, n_routed_experts=2, num_experts_per_tok=1, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8,
+        v_head_dim=8, qk_nope_head_dim=8, n_group=1, topk_group=1, max_position_embeddings=64,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="finds its scale from RoPE parameters"):
+        rope.extend_context(of(config), 256)

@@ -177,3 +177,23 @@ def test_bad_input():
         step_flops(llama(), [3, -1])
     with pytest.raises(ValueError, match="Linear has no config"):
         step_flops(torch.nn.Linear(2, 2), [3])
+
+
+def test_gradients_of_prompts_go_down_to_them_and_a_head_alone_needs_none_below():
+    peft = pytest.importorskip("peft")
+    prompts = peft.get_peft_model(llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    frozen = PROJECTIONS + GLU + NORMS + TABLE
+    assert step_flops(prompts, [12]).model == 4 * frozen * 12 + attention(12)
+    head = llama().requires_grad_(False)
+    head.lm_head.requires_grad_(True)
+    below = PROJECTIONS + GLU + NORMS
+    assert step_flops(head, [12]).model == (2 * below + 6 * TABLE) * 12 + attention(12, per=2)
+
+
+def test_wrappers_and_kinds_of_layers():
+    assert step_flops(torch.nn.DataParallel(llama()), [9]) == step_flops(llama(), [9])
+    config = transformers.LlamaConfig(**SHAPE)
+    config.layer_types = ["full_attention", "indexed_attention", "linear_attention"]
+    model = llama()
+    model.config.layer_types = config.layer_types
+    assert step_flops(llama(), [9]).model - step_flops(model, [9]).model == 6 * HEADS * HEAD * 81
