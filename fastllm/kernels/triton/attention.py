@@ -185,6 +185,7 @@ def _forward_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr,
     ALIBI: tl.constexpr, PACKED: tl.constexpr, DENSE: tl.constexpr, SINK_LOGITS: tl.constexpr,
+    PRECISE: tl.constexpr,
 ):  # fmt: skip
     row, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     if not PACKED:
@@ -235,9 +236,13 @@ def _forward_kernel(
         most = now
     blind = (total == 0.0) & (most == float("-inf"))
     out = sums / tl.where(blind, 1.0, total)[:, None]
-    exact = most.to(tl.float64) / _LOG2_E + tl.log(tl.where(blind, 1.0, total)).to(tl.float64)
-    lse = tl.where(blind, float("-inf"), exact.to(tl.float32))
-    lost = tl.where(blind, 0.0, (exact - lse.to(tl.float64)).to(tl.float32))
+    if PRECISE:
+        exact = most.to(tl.float64) / _LOG2_E + tl.log(tl.where(blind, 1.0, total)).to(tl.float64)
+        lse = tl.where(blind, float("-inf"), exact.to(tl.float32))
+        lost = tl.where(blind, 0.0, (exact - lse.to(tl.float64)).to(tl.float32))
+    else:
+        lse = tl.where(blind, float("-inf"), most * _LN_2 + tl.log(tl.where(blind, 1.0, total)))
+        lost = tl.zeros([M], tl.float32)
     out_ptr += batch * out_batch + head * out_head + first_q * out_token
     _store_rows(out_ptr, out, first, queries, out_token, M, DV, BLOCK_DV)
     at = first + tl.arange(0, M)
@@ -633,6 +638,7 @@ _FP32_TILES = {
 _MASK_TILES = {
     ("forward", "sm_80"): (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 32, 8, 1)),
     ("query", "sm_80"): (Tiles(64, 64, 4, 1), Tiles(128, 32, 8, 1), Tiles(64, 16, 8, 2)),
+    ("forward", "gfx942"): (Tiles(128, 64, 8, 1), Tiles(32, 64, 8, 1), Tiles(32, 32, 8, 1)),
     ("key_value", "gfx942"): (Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1), Tiles(16, 32, 8, 1)),
     ("query", "gfx942"): (Tiles(64, 32, 4, 1), Tiles(128, 32, 8, 1), Tiles(64, 16, 8, 1)),
 }
@@ -779,7 +785,7 @@ def forward(
         _forward_kernel[(blocks * (lse.numel() // c.numbers["tokens"]),)](
             c.q, c.k, c.v, out, lse, lost, sink, *c.pointers(table), *_steps(c.q), *_steps(c.k), *_steps(c.v), *_steps(out),
             *c.mask_steps(), blocks, **c.numbers, **c.flags, DENSE=_dense(c.flags, q.dtype),
-            SINK_LOGITS=sink_logits is not None, M=tiles.m, N=tiles.n,
+            SINK_LOGITS=sink_logits is not None, PRECISE=q.dtype == torch.float32, M=tiles.m, N=tiles.n,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
     return out, lse, lost
@@ -934,8 +940,7 @@ def _shipped(name: str, width: int, dtype: torch.dtype, flags: dict[str, bool]) 
             fixed["DENSE"] = _dense(constants, dtype)
         if kernel is _forward_kernel:
             fixed["SINK_LOGITS"] = flags.get("SINK_LOGITS", False)
-        else:
-            fixed["PRECISE"] = dtype == torch.float32
+        fixed["PRECISE"] = dtype == torch.float32
         work = Work(shape, tensors * rows * width * dtype.itemsize, products * 2 * rows * seen * width)
         passes = _passes(constants, dtype) if kernel is _key_value_kernel else ((True, True),)
         for grad_k, grad_v in passes:
