@@ -205,14 +205,17 @@ def _expected(device: torch.device, dtype: torch.dtype, learns: bool) -> tuple[t
 _rankings: dict[tuple[torch.device, torch.dtype, bool], tuple[tuple[str, ...], str]] = {}
 
 
-# To torch.compile a constant: neither files nor the device's name are read while it traces.
-@torch.compiler.assume_constant_result
 def ranking(device: torch.device, dtype: torch.dtype, learns: bool) -> tuple[tuple[str, ...], str]:
     """Libraries and OURS, the fastest first, and what that is known from."""
     key = (device, dtype, learns)
     if key not in _rankings:
         _rankings[key] = _rank(*key)
     return _rankings[key]
+
+
+# To torch.compile a constant: neither files nor the device's name are read while it traces. This is what
+# torch.compiler.assume_constant_result sets, which would import all of torch.compile with fastllm.
+ranking._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _rank(device: torch.device, dtype: torch.dtype, learns: bool) -> tuple[tuple[str, ...], str]:
