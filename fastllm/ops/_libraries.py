@@ -252,7 +252,8 @@ def _refusal(name: str, call: Call) -> str:
 def reasons(call: Call) -> tuple[str, str, dict[str, str]]:
     """Who serves a call, why, and why each other library does not."""
     chosen = choose(call)
-    order, why = (OURS,), "no library takes such tensors"
+    order: tuple[str, ...] = (OURS,)
+    why = "no library takes such tensors"
     if call.q.device.type in ("cpu", "cuda"):
         order, why = ranking(call.q.device, call.q.dtype, call.learns)
     found = {}
