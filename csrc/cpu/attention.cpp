@@ -985,11 +985,18 @@ static Tensor fresh_lse(const Tensor& q, int64_t heads) {
   return q.dim() == 3 ? fresh_float(q, {heads, q.size(0)}) : fresh_float(q, {q.size(0), heads, q.size(2)});
 }
 
-static void attend(AttentionOf& of, Tensor& out, Tensor& lse) {
-  Attention& p = of.p;
+static bool is_few(const AttentionOf& of) {
+  return of.p.heads / of.p.kv_heads * of.longest_queries <= few_queries(of.p.dtype);
+}
+
+static void point_out(Attention& p, Tensor& out, Tensor& lse) {
   p.out = out.mutable_data_ptr(), p.out_step = strides_of(out), p.lse = (float*)lse.mutable_data_ptr();
+}
+
+static void attend(AttentionOf& of, Tensor& out, Tensor& lse) {
+  point_out(of.p, out, lse);
   if (out.numel() == 0 && lse.numel() == 0) return;
-  if (p.heads / p.kv_heads * of.longest_queries <= few_queries(p.dtype)) attend_few(of);
+  if (is_few(of)) attend_few(of);
   else attend_blocks(of);
 }
 
@@ -1032,8 +1039,16 @@ static std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, Ma
     return {grad_q, grad_k, grad_v};
   }
   grad_out = with_whole_rows(grad_out), out = with_whole_rows(out), lse = torch::stable::contiguous(lse);
-  rest = torch::stable::contiguous(rest), p.rest = (float*)rest.const_data_ptr();
+  rest = torch::stable::contiguous(rest);
+  if (p.dtype == Dtype::f32 && is_few(of)) {  // their scores were added up in another order than a block's are: 1e-7 of each
+    Tensor unused = fresh_out(q, p.heads, p.value_channels);
+    lse = fresh_lse(q, p.heads), rest = fresh_lse(q, p.heads);
+    p.rest = (float*)rest.mutable_data_ptr();
+    point_out(p, unused, lse);
+    attend_blocks(of);
+  }
   if (grad_lse) grad_lse = to_float(*grad_lse);
+  p.rest = (float*)rest.const_data_ptr();
   p.out = (void*)out.const_data_ptr(), p.out_step = strides_of(out), p.lse = (float*)lse.const_data_ptr();
   p.grad_out = grad_out.const_data_ptr(), p.grad_out_step = strides_of(grad_out);
   p.grad_lse = grad_lse ? (const float*)grad_lse->const_data_ptr() : nullptr;

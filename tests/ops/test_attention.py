@@ -109,16 +109,22 @@ def check(
     eager = run(plain, lambda t: t)
     with fastllm.use_backend(backend):
         ours = run(attention, lambda t: t.to(device), return_lse=True)
-    # PyTorch's fused attention, as all of its kind, finds the gradient from the rounded output.
-    fused = run(plain, lambda t: t.double(), of_rounded=exact[0].to(dtype).double())
+    # PyTorch's fused attention, as all of its kind, finds the gradient from the rounded output. What rounding does to a
+    # few numbers is luck: the worst of a few draws counts.
+    luck = [torch.zeros_like(exact[0]), *(torch.rand_like(exact[0]) - 0.5 for _ in range(3))]
+    fused = [
+        run(plain, lambda t: t.double(), of_rounded=(exact[0] * (1 + torch.finfo(dtype).eps * u)).to(dtype).double())
+        for u in (luck if gradients else luck[:1])
+    ]
     names = ["out", "lse", "gradient of q", "gradient of k", "gradient of v", "gradient of sink_logits"]
-    for name, a, b, c, d in zip(names, ours, eager, exact, fused):
+    for name, a, b, c, *ds in zip(names, ours, eager, exact, *fused):
         assert a.shape == c.shape
         if a.numel():
             # Few numbers may all be near to what they round to, by luck, in eager; and rounding the result is no fault.
-            rounded = torch.where(c.isfinite(), d + c.abs().clamp(max=1e30) * torch.finfo(dtype).eps / 2, b.double())
-            errors = [(e.double() - c).abs().nan_to_num(0, 0, 0).max() for e in (b, rounded)]
-            assert_close_as_eager(a, rounded if errors[1] > errors[0] else b, c, dtype, name)
+            half = c.abs().clamp(max=1e30) * torch.finfo(dtype).eps / 2
+            candidates = [b.double(), *(torch.where(c.isfinite(), d + half, b.double()) for d in ds)]
+            eager_like = max(candidates, key=lambda e: float((e - c).abs().nan_to_num(0, 0, 0).max()))
+            assert_close_as_eager(a, eager_like, c, dtype, name)
 
 
 def tensors(batch, heads, kv_heads, queries, keys, width, value_width, scale=1.0):
@@ -239,6 +245,15 @@ def test_a_tree_mask_and_rows_that_see_nothing(backend, device):
         out, lse = attention(*(t.to(device) for t in (q, k, v)), causal=False, mask=mask.to(device), return_lse=True)
     assert (out[:, :, 3] == 0).all()
     assert (lse[:, :, 3] == -INFINITY).all()
+
+
+def test_one_query_and_one_key_take_the_whole_weight():
+    # The forward kernel for a few queries adds up q k in another order than the backward pass.
+    torch.manual_seed(1)
+    q, k, v = (10 * t.requires_grad_() for t in tensors(1, 8, 2, 1, 1, 256, 16))
+    with fastllm.use_backend("cpp"):
+        (grad,) = torch.autograd.grad(attention(q, k, v).sum(), [v])
+    assert (grad == 4).all()
 
 
 @each_backend
