@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-_ABSENT = "absent"  # a string, so that it survives pickling as itself
+ABSENT = "absent"  # a string, so that it survives pickling as itself
 
 
 class Replacement:
@@ -61,7 +61,7 @@ def occupied(module: nn.Module, slot: str) -> bool:
 def install(rule: str, module: nn.Module, slot: str, settings: dict[str, Any]) -> None:
     """Puts a rule's Replacement, of its own kind if it has one, into the slot."""
     kind = getattr(importlib.import_module(f"fastllm.patching.rules.{rule}"), "REPLACEMENT", Replacement)
-    module.__dict__[slot] = kind(rule, module, slot, settings, module.__dict__.get(slot, _ABSENT))
+    module.__dict__[slot] = kind(rule, module, slot, settings, module.__dict__.get(slot, ABSENT))
 
 
 def remove(module: nn.Module, rule: str | None = None) -> int:
@@ -70,7 +70,7 @@ def remove(module: nn.Module, rule: str | None = None) -> int:
     for replacement in mine:
         # An accelerate hook may have come or gone since: look for the object, not for the name it was given.
         slot = next(name for name, value in module.__dict__.items() if value is replacement)
-        if isinstance(replacement.previous, str) and replacement.previous == _ABSENT:
+        if isinstance(replacement.previous, str) and replacement.previous == ABSENT:
             if slot == "_old_forward":
                 module.__dict__[slot] = original_forward(module)
             else:

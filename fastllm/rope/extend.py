@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastllm.errors import ConfigError
-from fastllm.rope import laws, lengthwise
+from fastllm.rope import angles, laws, lengthwise
 from fastllm.rope._config import config_of, is_local, parameters_of, rotated, trained_length
 from fastllm.rope.scaling import _METHODS, METHODS, scaling
 
@@ -65,8 +65,9 @@ def extend_context(model: nn.Module, max_length: int, method: str = "yarn", **pa
     """Rescales the rotary embeddings of a Transformers model, patched or not, for `max_length` tokens.
 
     Every rotary module is rebuilt with the new frequencies, in fp32 whatever the model's dtype, and the config says so, so that
-    save_pretrained and from_pretrained give the same model. Layers of a fixed reach (sliding windows, where they have a RoPE of
-    their own) stay as they are. The effect is proven: frequencies, and logits beyond the old length, must have changed.
+    save_pretrained and from_pretrained give the same model; its angles are exact at any position. Layers of a fixed reach (sliding
+    windows, where they have a RoPE of their own) stay as they are. The effect is proven: frequencies, and logits beyond the old
+    length, must have changed.
     Extending an extended model starts again from the trained length.
 
     Args:
@@ -181,9 +182,11 @@ def _apply(model: nn.Module, config: Any, rotary: dict[str, nn.Module], plan: _P
         config.original_max_position_embeddings = plan.original
     _validate(config, plan.method)
     changed = [name for name, module in rotary.items() if _rebuild(module, config)]
-    if follows:
-        for path, module in rotary.items():
+    for path, module in rotary.items():
+        if follows:
             lengthwise.install(_owner(model, path), module)
+        else:
+            angles.install(module)
     if same and follows:
         return list(rotary)
     if not changed and not follows:
@@ -347,6 +350,7 @@ def _state(config: Any, rotary: dict[str, nn.Module]) -> dict[str, Any]:
         "max_position_embeddings": getattr(config, "max_position_embeddings", None),
         "original_length": getattr(config, "original_max_position_embeddings", None),
         "follows": any(isinstance(m.__dict__.get("forward"), lengthwise.Frequencies) for m in rotary.values()),
+        "exact": any(angles.installed(module) for module in rotary.values()),
         "rotary": [
             {
                 "attributes": _attributes(module),
@@ -365,6 +369,7 @@ def _put_back(model: nn.Module, kept: dict[str, Any]) -> None:
         config.__dict__.pop("original_max_position_embeddings", None)
     for (name, module), state in zip(dict(_rotary_modules(model, config)).items(), kept["rotary"]):
         lengthwise.remove(_owner(model, name), module)
+        angles.remove(module)
         module.__dict__.update({k: copy.copy(v) for k, v in state["attributes"].items()})
         for buffer, value in state["buffers"].items():
             there = module._buffers.get(buffer)
@@ -375,6 +380,8 @@ def _put_back(model: nn.Module, kept: dict[str, Any]) -> None:
             del module._buffers[buffer]
         if kept["follows"]:
             lengthwise.install(_owner(model, name), module)
+        elif kept["exact"]:
+            angles.install(module)
 
 
 # ---- the proof -------------------------------------------------------------------------------------------------------

@@ -15,10 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from fastllm.errors import ConfigError
+from fastllm.patching.replacement import Replacement
+from fastllm.rope import angles
 
 # The type in a config: transformers' own "dynamic" changes its frequencies with every token.
 DOUBLING = "dynamic_doubling"
 KINDS = (DOUBLING, "longrope")
+_COVERED = "_fastllm_covered_forward"  # a patch of the rotary module, while frequencies follow the text
 
 
 def level_of(tokens: int, original: int) -> int:
@@ -32,7 +35,8 @@ def doubled(tokens: int, original: int) -> int:
 
 
 class Frequencies:
-    """Stands in the forward of a rotary module: the frequencies of the longest position at hand, then the class's own forward.
+    """Stands in the forward of a rotary module: the frequencies of the longest position at hand, then what the class's own
+    forward gives, from exact angles where it is of the usual kind.
 
     Unlike transformers' own update it keeps nothing from one call to the next.
     """
@@ -40,6 +44,7 @@ class Frequencies:
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
         self.known: dict[tuple[str, int], Tensor] = {}
+        self.layout = angles.layout_of(module)
 
     @torch.no_grad()
     def __call__(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -50,6 +55,8 @@ class Frequencies:
             level = self.level(int(position_ids.max()) + 1)
             name = "inv_freq" if kind is None else f"{kind}_inv_freq"
             module._buffers[name] = self.frequencies(rope_type, kind, level).to(x.device)
+        if self.layout:
+            return angles.Table(module, self.layout)(x, position_ids, *args, **kwargs)
         return inspect.unwrap(type(module).forward)(module, x, position_ids, *args, **kwargs)
 
     def level(self, tokens: int) -> int:
@@ -227,6 +234,8 @@ def install(owner: nn.Module, rotary: nn.Module) -> None:
     """Makes a rotary module's frequencies follow the text, and the module that owns it keep its caches consistent."""
     remove(owner, rotary)
     frequencies = Frequencies(rotary)
+    if isinstance(there := rotary.__dict__.get("forward"), Replacement):
+        rotary.__dict__[_COVERED] = there  # where unpatch finds it
     rotary.__dict__["forward"] = frequencies
     recorder = Recorder(frequencies)
     owner.register_forward_pre_hook(recorder.before, with_kwargs=True)
@@ -236,6 +245,8 @@ def install(owner: nn.Module, rotary: nn.Module) -> None:
 def remove(owner: nn.Module, rotary: nn.Module) -> None:
     if isinstance(rotary.__dict__.get("forward"), Frequencies):
         del rotary.__dict__["forward"]
+        if covered := rotary.__dict__.pop(_COVERED, None):
+            rotary.__dict__["forward"] = covered
     for hooks, flags in (
         (owner._forward_pre_hooks, owner._forward_pre_hooks_with_kwargs),
         (owner._forward_hooks, owner._forward_hooks_with_kwargs),
