@@ -13,10 +13,10 @@ SUITES = {
     "loss": "the losses over a vocabulary, with and without the output head",
     "train": "a training step of a Llama of 134 M to 6.7 B: unpatched, compiled, patched; TFLOPS, MFU, HFU",
     "demo": "a small Llama trained on real text, unpatched and patched",
+    "extrapolation": "perplexity by position and recall by distance under every RoPE scaling, with and without tuning",
     "static": "what the compilers make of every GPU kernel, without a GPU",
 }
 LATER = {
-    "extrapolation": "perplexity by position under every RoPE scaling (comes with issue 5)",
     "stream": "the streaming cache beside a dense one and recomputation (comes with issue 6)",
     "rl": "advantages and policy losses (comes with issue 7)",
     "ppo": "a PPO step: rollout, scoring, training (comes with issue 8)",

@@ -1,5 +1,5 @@
-"""``python -m bench report``: docs/benchmarks.md, its pictures and the rules by which attention goes to other libraries, from the
-files in bench/results and nothing else.
+"""``python -m bench report``: docs/benchmarks.md, the pages of evidence, their pictures and the rules by which attention goes to
+other libraries, from the files in bench/results and nothing else.
 
 Each folder of bench/results is a device, each file in it what a suite wrote with --json (or the demo's demo.json).
 With --check nothing is written; exit code 1 when the page or a picture is not what the results say.
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import machine, plots, rules
+from bench import evidence, machine, plots, rules
 from bench.__main__ import SUITES
 from bench.arguments import Parser
 from bench.results import Row, Unreadable, by_name, megabytes, milliseconds, ratio, rows_of, short
@@ -67,6 +67,8 @@ def write(results: Path, docs: Path) -> None:
         folder = docs / IMAGES / file.parent.name
         folder.mkdir(parents=True, exist_ok=True)
         plots.draw(_load(file), folder, file.stem, ".svg", _digest(file))
+    for file in evidence.files(results):
+        evidence.write(file, docs, _digest(file))
 
 
 def check(results: Path, docs: Path) -> list[str]:
@@ -78,6 +80,8 @@ def check(results: Path, docs: Path) -> list[str]:
     for path, digest in wanted.items():
         if not path.exists() or digest not in path.read_text(encoding="utf-8"):
             wrong.append(f"docs/{path.relative_to(docs).as_posix()}")
+    for file in evidence.files(results):
+        wrong += [path.relative_to(docs.parent).as_posix() for path in evidence.old(file, docs, _digest(file))]
     left = set((docs / IMAGES).rglob("*.svg")) - wanted.keys()
     return wrong + sorted(f"docs/{path.relative_to(docs).as_posix()} (left over)" for path in left)
 
@@ -109,7 +113,8 @@ def _rules(results: Path) -> str:
 def _files(results: Path) -> list[Path]:
     """What suites wrote (other files and those of interrupted runs are not shown), by device, in the order of the suites."""
     order = {name: place for place, name in enumerate(SUITES)}
-    found = [file for file in results.glob("*/*.json") if file.stem in SUITES and file.stat().st_size]
+    rows = SUITES.keys() - evidence.PAGES
+    found = [file for file in results.glob("*/*.json") if file.stem in rows and file.stat().st_size]
     return sorted(found, key=lambda f: (f.parent.name, order.get(f.stem, len(order)), f.stem))
 
 
