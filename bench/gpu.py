@@ -86,6 +86,7 @@ def run(plan: Sequence[Stage], out: Path, seconds: float) -> list[Done]:
                 done.append(
                     Done(stage.name, "interrupted" if stopped else "no time left", 0.0, " ".join(stage.command))
                 )
+                _write(out / "gpu.json", {"machine": _machine(), "stages": [asdict(d) for d in done]})
                 continue
             print(f"== {stage.name}: {' '.join(stage.command)}", flush=True)
             begin, status = time.monotonic(), ""

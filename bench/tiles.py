@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import statistics
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 
 from bench import device, machine
+from bench.arguments import Parser
+from bench.suite import check_writable
 from fastllm.kernels.triton import unavailable
 
 SHAPES = ((64, 16384), (128, 16384))  # head dim, tokens; 16 heads, causal, bf16
@@ -21,10 +22,11 @@ QUERIES, KEYS, WARPS, STAGES = (64, 128), (32, 64, 128), (4, 8), (2, 3, 4)
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench tiles", description=(__doc__ or "").strip())
+    parser = Parser(prog="python -m bench tiles", description=(__doc__ or "").strip())
     parser.add_argument("--json", type=Path, metavar="F", help="write the rows to this file as well")
     parser.add_argument("--quick", action="store_true", help="a few tiles, short sequences")
     options = parser.parse_args(arguments)
+    check_writable(parser, options.json and str(options.json))
     try:
         on = device.find("cuda")
     except device.Absent as absent:

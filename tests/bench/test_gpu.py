@@ -52,6 +52,8 @@ def test_a_hanging_stage_is_ended_with_its_children(tmp_path):
 def test_all_of_it_ends_when_its_time_is_up(tmp_path):
     done = gpu.run([stage("long", "import time; time.sleep(60)"), stage("never", "")], tmp_path, 2)
     assert [d.status for d in done] == ["out of time", "no time left"]
+    kept = json.loads((tmp_path / "gpu.json").read_text())["stages"]
+    assert [stage["status"] for stage in kept] == ["out of time", "no time left"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
