@@ -72,7 +72,7 @@ def test_an_interrupt_keeps_what_there_is(tmp_path, number):
             break
     os.kill(process.pid, number)
     assert process.wait(20) == 130
-    assert recorded(tmp_path) == [("quick", "ok"), ("slow", "interrupted")]
+    assert recorded(tmp_path) == [("quick", "ok"), ("slow", "interrupted"), ("slow", "interrupted")]
 
 
 def test_without_a_gpu_it_says_so(tmp_path, capsys, monkeypatch):
