@@ -1,6 +1,6 @@
 """fastllm: fused kernels and length extrapolation for LLMs."""
 
-from fastllm import backends, ops, rope
+from fastllm import backends, ops, rl, rope
 from fastllm.backends import use_backend
 from fastllm.errors import BackendError, CheckpointError, ConfigError, DataError, FastLLMError, PatchError
 from fastllm.patching import DilatedConfig, PatchReport, patch, patched, unpatch
@@ -23,6 +23,7 @@ __all__ = [
     "patch",
     "patched",
     "restore_context",
+    "rl",
     "rope",
     "unpatch",
     "use_backend",

@@ -135,7 +135,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     """Says which backend a call of `op` with these arguments would use and why the others would not be.
 
     Args:
-        op: a public name of ``fastllm.ops``, for example ``"rms_norm"``.
+        op: a public name of ``fastllm.ops`` or ``fastllm.rl``, for example ``"rms_norm"``.
         *args, **kwargs: what the op would be called with; the first tensor decides device and dtype.
 
     Returns:
@@ -145,7 +145,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
         ValueError: for an unknown op. TypeError: without a tensor among the arguments.
         BackendError: when a forced backend cannot serve the call.
     """
-    from fastllm import ops
+    from fastllm import ops, rl
     from fastllm.ops import _op  # the registry of ops sits above this module; looked up only when a person asks
 
     if op in _op.COMPOSED:
@@ -157,7 +157,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     if tensor is None:
         raise TypeError(f"explain({op!r}, ...) needs the tensors the op would be called with")
     kernels = _op.PUBLIC[op].kernels
-    bound = inspect.signature(getattr(ops, op)).bind_partial(*args, **kwargs).arguments
+    bound = inspect.signature(getattr(ops if hasattr(ops, op) else rl, op)).bind_partial(*args, **kwargs).arguments
     learned = [n for n in _op.PUBLIC[op].constants if getattr(bound.get(n), "requires_grad", False)]
     if learned and torch.is_grad_enabled():
         reason = f"kernels have no gradient for {' and '.join(learned)}"

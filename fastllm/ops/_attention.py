@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
@@ -75,21 +73,6 @@ def check_mask(mask: Tensor, shape: tuple[int, ...], q: Tensor) -> Tensor:
         raise ValueError(
             f"mask must be broadcastable to (B, H, Lq, Lk) = {tuple(shape)}, got {tuple(mask.shape)}"
         ) from None
-
-
-def check_documents(name: str, bounds: Tensor | None, tokens: int, like: Tensor) -> int:
-    """Returns how many documents there are."""
-    _check.is_tensor(name, bounds)
-    assert bounds is not None
-    if bounds.dtype != torch.int32:
-        raise TypeError(f"{name} must be an int32 tensor, got {bounds.dtype}")
-    if bounds.dim() != 1 or bounds.shape[0] < 1:
-        raise ValueError(f"{name} must have shape (documents + 1,), got {tuple(bounds.shape)}")
-    _check.same_device(name, bounds, "q", like)
-    values = _check.values_of(bounds) or [0, tokens]
-    if values[0] != 0 or values[-1] != tokens or any(b < a for a, b in itertools.pairwise(values)):
-        raise ValueError(f"{name} must ascend from 0 to T = {tokens}, got {values}")
-    return bounds.shape[0] - 1
 
 
 def positions(

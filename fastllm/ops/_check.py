@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -74,6 +75,21 @@ def values_of(value: torch.Tensor) -> list[Any] | None:
     if torch._C._functorch.is_functorch_wrapped_tensor(value):
         return None
     return value.tolist()
+
+
+def is_cu_seqlens(name: str, value: Any, other_name: str, other: torch.Tensor) -> int:
+    """Where packed documents begin in the first dimension of `other`; returns how many there are."""
+    is_tensor(name, value)
+    tokens = other.shape[0]
+    if value.dtype != torch.int32:
+        raise TypeError(f"{name} must be an int32 tensor, got {value.dtype}")
+    if value.dim() != 1 or value.shape[0] < 1:
+        raise ValueError(f"{name} must have shape (documents + 1,), got {tuple(value.shape)}")
+    same_device(name, value, other_name, other)
+    values = values_of(value) or [0, tokens]
+    if values[0] != 0 or values[-1] != tokens or any(b < a for a, b in itertools.pairwise(values)):
+        raise ValueError(f"{name} must ascend from 0 to T = {tokens}, got {values}")
+    return value.shape[0] - 1
 
 
 def one_of(name: str, value: Any, valid: tuple[Any, ...]) -> None:

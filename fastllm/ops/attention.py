@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastllm.ops import _libraries
+from fastllm.ops import _check, _libraries
 from fastllm.ops._attention import (
     attend,
-    check_documents,
     check_mask,
     check_qkv,
     check_scores,
@@ -100,8 +99,8 @@ def _checked(
         cu_seqlens_q = cu_seqlens_k if cu_seqlens_q is None else cu_seqlens_q
         cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
         documents = (
-            check_documents("cu_seqlens_q", cu_seqlens_q, q.shape[0], q),
-            check_documents("cu_seqlens_k", cu_seqlens_k, k.shape[0], k),
+            _check.is_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "q", q),
+            _check.is_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "k", k),
         )
         if documents[0] != documents[1]:
             raise ValueError(
