@@ -1,4 +1,5 @@
-"""The kernels as functions, for scripts that patch nothing. All are differentiable and registered with PyTorch."""
+"""The kernels as functions, for scripts that patch nothing. All are registered with PyTorch, and all but
+gae are differentiable."""
 
 from fastllm.ops.add_rms_norm import add_rms_norm
 from fastllm.ops.apply_rope import apply_rope
@@ -6,6 +7,7 @@ from fastllm.ops.attention import attention
 from fastllm.ops.cross_entropy import cross_entropy
 from fastllm.ops.decode_attention import decode_attention
 from fastllm.ops.dilated_attention import dilated_attention
+from fastllm.ops.gae import gae
 from fastllm.ops.glu import geglu, swiglu
 from fastllm.ops.layer_norm import layer_norm
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
@@ -22,6 +24,7 @@ __all__ = [
     "cross_entropy",
     "decode_attention",
     "dilated_attention",
+    "gae",
     "geglu",
     "layer_norm",
     "linear_cross_entropy",
