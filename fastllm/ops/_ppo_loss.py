@@ -99,7 +99,7 @@ def definition(
     token_log_ratio = log_ratio = logp - given(old_logprobs)
     if LEVELS[s.level] == "sequence":
         log_ratio = spread(sum_rows(log_ratio) / tokens.clamp(min=1))
-    ratio = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+    ratio = _bounded(log_ratio).exp()
     kept = ratio.clamp(1 - s.clip_low, 1 + s.clip_high)
     if VARIANTS[s.variant] == "ppo":
         policy, clipped = torch.maximum(-a * ratio, -a * kept), -a * kept > -a * ratio
@@ -114,7 +114,7 @@ def definition(
     stats = {"policy_loss": aggregate(policy)}
     loss = stats["policy_loss"]
 
-    token_log_ratio = token_log_ratio.detach().clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    token_log_ratio = _bounded(token_log_ratio.detach())
     stats |= {
         "approx_kl": mean(given(old_logprobs) - logp),
         "approx_kl_k3": mean(token_log_ratio.exp() - 1 - token_log_ratio),
@@ -132,7 +132,7 @@ def definition(
             stats["value_clip_fraction"] = mean((errors_clipped > errors).to(dtype))
             errors = torch.maximum(errors, errors_clipped)
         stats["value_loss"] = aggregate(0.5 * errors)
-        loss = loss + s.value_coef * stats["value_loss"]
+        loss = loss + _times(s.value_coef, stats["value_loss"])
         spread_of_returns = mean((r - mean(r)).square())
         unexplained = mean((r - v - mean(r - v)).square())
         stats |= {
@@ -142,13 +142,24 @@ def definition(
         }
     if entropy is not None:
         stats["entropy"] = aggregate(learnt(entropy))
-        loss = loss - s.entropy_coef * stats["entropy"]
+        loss = loss - _times(s.entropy_coef, stats["entropy"])
     if ref_logprobs is not None:
         stats["kl"] = aggregate(kl_estimate(logp - given(ref_logprobs), KL_ESTIMATORS[s.kl_estimator]))
-        loss = loss + s.kl_coef * stats["kl"]
+        loss = loss + _times(s.kl_coef, stats["kl"])
     told = torch.stack([stats.get(name, torch.zeros_like(loss)).detach() for name in STATS])
     # The gradients are the kernels' business: those of the definition come from it.
     return loss, told, loss.new_zeros((1 + (values is not None) + (entropy is not None), *mask.shape)), scale
+
+
+def _bounded(log_ratio: Tensor) -> Tensor:
+    """clamp(log_ratio, -20, 20), but a NaN has a gradient of NaN, not of 0."""
+    beyond = log_ratio.abs() > LOG_RATIO_BOUND
+    return torch.where(beyond, log_ratio.detach().clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND), log_ratio)
+
+
+def _times(coef: float, term: Tensor) -> Tensor:
+    """coef * term; 0 for coef 0, whatever the term is, in the gradient too, which then exists all the same."""
+    return coef * term if coef else term.nan_to_num(0.0, 0.0, 0.0) * 0.0
 
 
 def _row_of_token(cu_seqlens: Tensor, tokens: int) -> Tensor:
@@ -218,6 +229,7 @@ ppo_loss: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = Op(
     f"ppo_loss({_ARGUMENTS}) -> (Tensor loss, Tensor stats, Tensor grads, Tensor scale)",
     definition,
     fake=_fake,
+    triton="ppo_loss:ppo_loss",
     save=_save,
     backward=_backward,
     public=["ppo_loss"],
@@ -227,4 +239,5 @@ _ppo_loss_backward = Op(
     " -> (Tensor grad_logprobs, Tensor grad_values, Tensor grad_entropy)",
     _backward_definition,
     fake=_backward_fake,
+    triton="ppo_loss:ppo_loss_backward",
 )

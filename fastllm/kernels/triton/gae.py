@@ -31,13 +31,13 @@ def _token(
     valid = inside
     if HAS_MASK:
         valid = tl.load(mask_ptr + at, mask=inside, other=0) != 0
-    value = tl.load(values_ptr + at, mask=valid, other=0.0).to(tl.float32)
-    difference = tl.load(rewards_ptr + at, mask=valid, other=0.0).to(tl.float32) - value
+    value = tl.load(values_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    difference = tl.load(rewards_ptr + at, mask=inside, other=0.0).to(tl.float32) - value
     discount = tl.full(value.shape, 1.0, tl.float32) * gamma
     if HAS_DONES:
-        discount = tl.where(tl.load(dones_ptr + at, mask=valid, other=0) != 0, 0.0, discount)
+        discount = tl.where(tl.load(dones_ptr + at, mask=inside, other=0) != 0, 0.0, discount)
     slope = tl.where(valid, lam * discount, 1.0)
-    return difference, value, discount, slope, value + lam * difference, valid
+    return difference, value, discount, slope, tl.where(valid, value + lam * difference, 0.0), valid
 
 
 @triton.jit
