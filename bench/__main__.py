@@ -11,6 +11,7 @@ SUITES = {
     "kernels": "each op beside PyTorch eager, torch.compile and other libraries",
     "attention": "attention dense, windowed, packed and dilated, and decoding over a cache",
     "loss": "the losses over a vocabulary, with and without the output head",
+    "rl": "advantages and the policy loss beside the loops and compositions of RLHF trainers",
     "train": "a training step of a Llama of 134 M to 6.7 B: unpatched, compiled, patched; TFLOPS, MFU, HFU",
     "demo": "a small Llama trained on real text, unpatched and patched",
     "extrapolation": "perplexity by position and recall by distance under every RoPE scaling, with and without tuning",
@@ -18,7 +19,6 @@ SUITES = {
 }
 LATER = {
     "stream": "the streaming cache beside a dense one and recomputation (comes with issue 6)",
-    "rl": "advantages and policy losses (comes with issue 7)",
     "ppo": "a PPO step: rollout, scoring, training (comes with issue 8)",
 }
 OTHERS = {

@@ -69,6 +69,57 @@ def linear_token_logprobs(hidden: Tensor, weight: Tensor, target: Tensor) -> tup
     return token_logprobs(hidden @ weight.T, target)
 
 
+def gae(rewards: Tensor, values: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
+    """As the trainers of RLHF libraries have it: a loop in Python from the last token to the first."""
+    tokens = rewards.shape[1]
+    advantage: Tensor | float = 0.0
+    found = []
+    for t in reversed(range(tokens)):
+        following = values[:, t + 1] if t + 1 < tokens else 0.0
+        advantage = rewards[:, t] + gamma * following - values[:, t] + gamma * lam * advantage
+        found.append(advantage)
+    advantages = torch.stack(found[::-1], 1)
+    return advantages, advantages + values
+
+
+PPO_STATS = (
+    "policy_loss", "value_loss", "entropy", "kl", "approx_kl", "approx_kl_k3", "clip_fraction", "value_clip_fraction",
+    "ratio_mean", "ratio_max", "advantage_mean", "returns_mean", "value_mean", "explained_variance",
+)  # fmt: skip
+
+
+def ppo_loss(
+    logprobs: Tensor, old: Tensor, ref: Tensor, advantages: Tensor, values: Tensor, old_values: Tensor, returns: Tensor,
+    entropy: Tensor, mask: Tensor, value_coef: float, entropy_coef: float, kl_coef: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """As a PPO trainer composes it: policy and value loss clipped at 0.2, entropy, KL (k3) to the reference, averaged over
+    the valid tokens; and what it logs, PPO_STATS."""
+    count = mask.sum()
+
+    def mean(x: Tensor) -> Tensor:
+        return (x * mask).sum() / count
+
+    log_ratio = torch.clamp(logprobs - old, -20.0, 20.0)
+    ratio = torch.exp(log_ratio)
+    free, cut = -advantages * ratio, -advantages * torch.clamp(ratio, 0.8, 1.2)
+    policy = mean(torch.maximum(free, cut))
+    near = torch.clamp(values, old_values - 0.2, old_values + 0.2)
+    squares, squares_near = (values - returns).square(), (near - returns).square()
+    value = 0.5 * mean(torch.maximum(squares, squares_near))
+    apart = ref - logprobs
+    kl = mean(torch.exp(apart) - apart - 1.0)
+    entropies = mean(entropy)
+    loss = policy + value_coef * value - entropy_coef * entropies + kl_coef * kl
+    with torch.no_grad():
+        error, centre = returns - values, mean(returns)
+        stats = (
+            policy, value, entropies, kl, mean(-log_ratio), mean(ratio - 1.0 - log_ratio), mean((cut > free).to(ratio.dtype)),
+            mean((squares_near > squares).to(ratio.dtype)), mean(ratio), ratio.masked_fill(~mask, 0.0).max(), mean(advantages),
+            centre, mean(values), 1 - mean((error - mean(error)).square()) / mean((returns - centre).square()),
+        )  # fmt: skip
+    return loss, *(x.detach() for x in stats)
+
+
 def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int) -> Tensor:
     """What a model does about a window: a mask of all pairs."""
     i, j = torch.arange(q.shape[2], device=q.device).unsqueeze(1), torch.arange(k.shape[2], device=q.device)

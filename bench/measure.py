@@ -125,9 +125,10 @@ def call(function: Callable[..., Any], arguments: tuple[Any, ...], wanted: list[
         with torch.no_grad():
             return function(*arguments), ()
     outputs = outputs_of(function(*arguments))
-    # an output's gradient has its dtype, which need not be eager's: a loss may come in fp32 or in the inputs' dtype
-    fitting = [g if g.dtype == y.dtype else g.to(y.dtype) for g, y in zip(grads, outputs)]
-    return outputs, torch.autograd.grad(outputs, [arguments[n] for n in wanted], fitting)
+    # an output's gradient has its dtype, which need not be eager's: a loss may come in fp32 or in the inputs' dtype; what is
+    # told beside a result, as statistics are, has none
+    pairs = [(y, g if g.dtype == y.dtype else g.to(y.dtype)) for y, g in zip(outputs, grads) if y.requires_grad]
+    return outputs, torch.autograd.grad([y for y, _ in pairs], [arguments[n] for n in wanted], [g for _, g in pairs])
 
 
 def tensors(result: Any) -> list[Tensor]:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import attention, device, kernels, loss, machine, measure, suite
+from bench import attention, device, kernels, loss, machine, measure, rl, suite
 from bench.case import Missing
 
-CASES = list({id(case): case for case in (*kernels.CASES, *attention.CASES, *loss.CASES)}.values())
+CASES = list({id(case): case for case in (*kernels.CASES, *attention.CASES, *loss.CASES, *rl.CASES)}.values())
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 ROWS = [
     pytest.param((case, dtype, which, on), id=f"{case.label(dtype, which)} {on}")

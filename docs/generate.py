@@ -1,4 +1,5 @@
-"""Writes docs/ops: one page per public op, from its docstring, its definition and the kernels that are there.
+"""Writes docs/ops: one page per public op (all of fastllm.ops, and of fastllm.rl what is an op itself), from its docstring,
+its definition and the kernels that are there.
 
 python docs/generate.py            writes the pages
 python docs/generate.py --check    writes nothing; exit code 1 when a page is missing, old or left over
@@ -13,15 +14,19 @@ import textwrap
 from pathlib import Path
 
 import fastllm.ops
+from fastllm import rl
 from fastllm.ops import _op
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs" / "ops"
+# The public functions that one op serves, by name: fastllm.ops, and of fastllm.rl what is more than a composition.
+FUNCTIONS = {name: getattr(fastllm.ops, name) for name in fastllm.ops.__all__}
+FUNCTIONS |= {name: getattr(rl, name) for name in rl.__all__ if name in _op.PUBLIC}
 HEADINGS = {"Args": "Arguments", "Returns": "Returns", "Raises": "Errors", "Warns": "Warnings"}
 
 
 def main(arguments: list[str]) -> int:
-    pages = {f"{name}.md": page(name) for name in fastllm.ops.__all__}
+    pages = {f"{name}.md": page(name) for name in FUNCTIONS}
     pages["README.md"] = index()
     there = {path.name: path.read_text(encoding="utf-8") for path in PAGES.glob("*.md")}
     if "--check" in arguments:
@@ -37,19 +42,18 @@ def main(arguments: list[str]) -> int:
 
 
 def index() -> str:
-    rows = "".join(
-        f"| [{name}]({name}.md) | {summary(name)} | {', '.join(kernels(name))} |\n" for name in fastllm.ops.__all__
-    )
+    rows = "".join(f"| [{name}]({name}.md) | {summary(name)} | {', '.join(kernels(name))} |\n" for name in FUNCTIONS)
     return (
         "# The ops\n\n"
-        "Functions of `fastllm.ops`, each differentiable, each usable without patching anything.\n"
+        "Functions of `fastllm.ops`, and `fastllm.rl.ppo_loss`, each usable without patching anything, each differentiable but\n"
+        "`gae`.\n"
         "[Numerics and errors](../numerics.md) holds for all of them.\n\n"
         f"| op | what it computes | kernels |\n|---|---|---|\n{rows}"
     )
 
 
 def page(name: str) -> str:
-    text, sections = parse(inspect.getdoc(getattr(fastllm.ops, name)) or "")
+    text, sections = parse(inspect.getdoc(FUNCTIONS[name]) or "")
     parts = [f"# {name}", f"```python\n{signature(name)}\n```", text]
     for title, body in sections.items():
         parts.append(f"## {HEADINGS[title]}\n\n{body}")
@@ -97,12 +101,12 @@ def bullets(text: str) -> str:
 
 
 def summary(name: str) -> str:
-    first = (inspect.getdoc(getattr(fastllm.ops, name)) or "").split("\n\n")[0]
+    first = (inspect.getdoc(FUNCTIONS[name]) or "").split("\n\n")[0]
     return " ".join(first.replace("``", "`").split()).replace("|", "\\|")
 
 
 def signature(name: str) -> str:
-    parameters = inspect.signature(getattr(fastllm.ops, name)).parameters.values()
+    parameters = inspect.signature(FUNCTIONS[name]).parameters.values()
     words, starred = [], False
     for parameter in parameters:
         if parameter.kind is parameter.KEYWORD_ONLY and not starred:
@@ -110,8 +114,9 @@ def signature(name: str) -> str:
             starred = True
         default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
         words.append(f"{parameter.name}: {parameter.annotation}{default}")
-    line = f"fastllm.ops.{name}({', '.join(words)})"
-    return line if len(line) <= 100 else f"fastllm.ops.{name}(\n    " + ",\n    ".join(words) + ",\n)"
+    name = f"fastllm.{'ops' if name in fastllm.ops.__all__ else 'rl'}.{name}"
+    line = f"{name}({', '.join(words)})"
+    return line if len(line) <= 100 else f"{name}(\n    " + ",\n    ".join(words) + ",\n)"
 
 
 def kernels(name: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import __main__ as command
-from bench import attention, device, eager, kernels, loss, measure, suite, train
+from bench import attention, device, eager, kernels, loss, measure, rl, suite, train
 from bench.case import FORWARD, Case
 
 VERSIONS = {
@@ -42,7 +42,7 @@ def exit_code(arguments):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["kernel"], "kernels, attention, loss, train"),
+        (["kernel"], "kernels, attention, loss, rl, train"),
         (["kernels", "--only", "softmax"], "rms_norm"),
         (["kernels", "--only", "swiglu", "--json", "/no/such/folder/rows.json"], "/no/such/folder/rows.json"),
         (["stream"], "not here yet: the streaming cache beside a dense one and recomputation (comes with issue 6)"),
@@ -185,7 +185,7 @@ def test_an_op_that_raises_fails_the_run(quick, capsys):
 
 
 def test_labels_are_unique_and_the_bar_is_covered():
-    cases = {id(case): case for case in (*kernels.CASES, *attention.CASES, *loss.CASES)}.values()
+    cases = {id(case): case for case in (*kernels.CASES, *attention.CASES, *loss.CASES, *rl.CASES)}.values()
     labels = [case.label(dtype, which) for case in cases for dtype in case.dtypes for which in case.passes]
     assert len(labels) == len(set(labels))
     for op in ("rms_norm", "apply_rope", "swiglu", "cross_entropy", "token_logprobs"):

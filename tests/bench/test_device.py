@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import attention, device, kernels, loss, measure
+from bench import attention, device, kernels, loss, measure, rl
 from bench.case import BOTH, FORWARD, Case
 
 SMALL = {"cache_bytes": 1 << 20, "copied_bytes": 1 << 20, "matmul_size": 64}
@@ -46,7 +46,7 @@ def test_memory_of_a_gpu_is_the_growth_of_its_peak_once_it_is_done(calls):
 
 @pytest.mark.parametrize(
     "case",
-    {id(case): case for case in (*kernels.CASES, *attention.CASES, *loss.CASES)}.values(),
+    {id(case): case for case in (*kernels.CASES, *attention.CASES, *loss.CASES, *rl.CASES)}.values(),
     ids=lambda c: c.op + " " + c.shape,
 )
 def test_every_case_makes_its_inputs_on_the_device_asked_for(case):

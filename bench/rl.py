@@ -1,0 +1,68 @@
+"""``python -m bench rl``: advantages and the policy loss, at the sizes of a rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import eager, suite
+from bench.case import BOTH, FORWARD, Case
+from fastllm import ops, rl
+
+VALUE_COEF, ENTROPY_COEF, KL_COEF = 0.1, 0.01, 0.05
+
+
+def _rollout(rows: int, tokens: int) -> Callable[[torch.dtype], tuple[Any, ...]]:
+    return lambda dtype: tuple(torch.randn(rows, tokens).to(dtype) for _ in range(2))
+
+
+def _update(rows: int, tokens: int) -> Callable[[torch.dtype], tuple[Any, ...]]:
+    """Log-probabilities new, old and of the reference, advantages, values new and old, returns, entropy, mask: a second
+    pass over the rollout, where policy and values have moved; answers of one to `tokens` tokens."""
+
+    def inputs(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        logprobs, values = -2 * torch.rand(rows, tokens), torch.randn(rows, tokens)
+        near = [x + 0.2 * torch.randn(rows, tokens) for x in (logprobs, logprobs, values)]
+        advantages, returns, entropy = torch.randn(rows, tokens), torch.randn(rows, tokens), torch.rand(rows, tokens)
+        mask = torch.arange(tokens) < torch.randint(1, tokens + 1, (rows, 1))
+        given = (logprobs, near[0], near[1], advantages, values, near[2], returns, entropy)
+        return (*(x.to(dtype) for x in given), mask)
+
+    return inputs
+
+
+def _ours(
+    logprobs: Tensor, old: Tensor, ref: Tensor, advantages: Tensor, values: Tensor, old_values: Tensor, returns: Tensor,
+    entropy: Tensor, mask: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    found = rl.ppo_loss(
+        logprobs, old, advantages, mask, values=values, old_values=old_values, returns=returns, value_coef=VALUE_COEF,
+        entropy=entropy, entropy_coef=ENTROPY_COEF, ref_logprobs=ref, kl_coef=KL_COEF,
+    )  # fmt: skip
+    return found.loss, *(found.stats[name] for name in eager.PPO_STATS)
+
+
+def _eager(*arguments: Tensor) -> tuple[Tensor, ...]:
+    return eager.ppo_loss(*arguments, VALUE_COEF, ENTROPY_COEF, KL_COEF)  # type: ignore[arg-type]
+
+
+CASES = [
+    *(
+        Case(
+            "gae", f"{rows}x{tokens}", _rollout(rows, tokens), ops.gae, eager.gae, eager.gae, dtypes=(torch.float32,),
+            passes=(FORWARD,), uncompiled="the loop over tokens unrolls into as many steps",
+        )
+        for rows, tokens in ((64, 1024), (8, 256))
+    ),
+    Case(
+        "ppo_loss", "64x2048 with statistics", _update(64, 2048), _ours, _eager, _eager, dtypes=(torch.float32,),
+        passes=(BOTH,), constants=(1, 2, 3, 5, 6),
+    ),
+]  # fmt: skip
+
+
+def main(arguments: Sequence[str]) -> int:
+    return suite.main("rl", CASES, arguments)
