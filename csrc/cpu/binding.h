@@ -62,6 +62,9 @@ inline Tensor fresh_float(const Tensor& like, torch::headeronly::IntHeaderOnlyAr
   return fresh(like, sizes, torch::headeronly::ScalarType::Float);
 }
 
+// The tensor itself where it is contiguous already: asking the dispatcher costs more than a small kernel.
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 inline Tensor to_float(const Tensor& t) {
   return torch::stable::contiguous(torch::stable::to(t, torch::headeronly::ScalarType::Float));
 }

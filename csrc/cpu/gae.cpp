@@ -81,6 +81,8 @@ void gae_sequences(const Gae& p, const GaeSequence* sequences, int64_t count) {
       if (p.mask) for (int64_t j = 0; j < l.n; ++j) l.valid[j] = p.mask[l.at + j] ? 1.f : 0.f;
       if (p.dones) for (int64_t j = 0; j < l.n; ++j) l.discount[j] = p.dones[l.at + j] ? 0.f : p.gamma;
       for_each_vector(l.n, [&](int64_t j, int lanes) {
+        __builtin_prefetch(l.r + j - BLOCK);  // what comes next, to the left, where the processor does not look by itself
+        __builtin_prefetch(l.v + j - BLOCK);
         const Vec v = load(l.v + j, lanes);
         Vec offset = fma(Vec(p.lam), load(l.r + j, lanes) - v, v);
         Vec slope = p.dones ? Vec(p.lam) * load(l.discount + j, lanes) : Vec(p.lam * p.gamma);
@@ -133,14 +135,14 @@ FASTLLM_KERNEL(void, gae_sequences, (const Gae&, const GaeSequence*, int64_t))
 
 std::tuple<Tensor, Tensor> gae(Tensor rewards, Tensor values, std::optional<Tensor> mask, std::optional<Tensor> dones,
                                std::optional<Tensor> cu_seqlens, double gamma, double lam) {
-  rewards = torch::stable::contiguous(rewards);
-  values = torch::stable::contiguous(values);
-  if (mask) mask = torch::stable::contiguous(*mask);
-  if (dones) dones = torch::stable::contiguous(*dones);
+  rewards = dense(rewards);
+  values = dense(values);
+  if (mask) mask = dense(*mask);
+  if (dones) dones = dense(*dones);
   const int64_t tokens = rewards.numel();
   std::vector<GaeSequence> sequences;
   if (cu_seqlens) {
-    const Tensor bounds = torch::stable::contiguous(*cu_seqlens);
+    const Tensor bounds = dense(*cu_seqlens);
     const int32_t* b = (const int32_t*)bounds.const_data_ptr();
     const int64_t count = bounds.numel() - 1;
     STD_TORCH_CHECK(count >= 0 && b[0] == 0 && b[count] == tokens, "fastllm: cu_seqlens must go from 0 to the number of tokens");

@@ -58,6 +58,12 @@ inline Vec keep(Vec valid, Vec x) { return where_less(Vec(0.f), valid, x, Vec(0.
 inline Vec clamp(Vec x, Vec lowest, Vec highest) { return min(highest, max(lowest, x)); }
 inline Vec negative(Vec x) { return Vec(0.f) - x; }
 
+// A load, and word to the cache of the next block's.
+inline Vec load_on(const float* p, int lanes) {
+  __builtin_prefetch(p + BLOCK);
+  return load(p, lanes);
+}
+
 // A block of tokens: which are valid, and its columns as fp32, in place or converted.
 struct Block {
   const PpoLoss& p;
@@ -192,8 +198,8 @@ static void policy_of_block(Block& block, const PpoRow& row, const P& policy, Pp
   const bool one_slope = p.by_sequence && p.variant == ppo;
   Vec losses = 0.f, cut = 0.f, ratios = 0.f, highest = 0.f, differences = 0.f, k3s = 0.f, all = 0.f;
   for_each_vector(block.n, [&](int64_t j, int lanes) {
-    const Vec valid = load(block.valid + j, lanes), a = keep(valid, load(advantages + j, lanes));
-    const Vec x = keep(valid, load(logp + j, lanes)), d = x - keep(valid, load(old + j, lanes));
+    const Vec valid = load(block.valid + j, lanes), a = keep(valid, load_on(advantages + j, lanes));
+    const Vec x = keep(valid, load_on(logp + j, lanes)), d = x - keep(valid, load_on(old + j, lanes));
     const Vec bounded = clamp(d, Vec(-BOUND), Vec(BOUND)), token_ratio = exp(bounded);
     const Vec ratio = p.by_sequence ? row_ratio : token_ratio;
     Vec loss, slope, clipped;
@@ -229,7 +235,7 @@ static void kl_of_block(Block& block, const PpoRow& row, PpoSums& sums) {
   const Vec coef = p.kl_coef * row.weight;
   Vec total = 0.f;
   for_each_vector(block.n, [&](int64_t j, int lanes) {
-    const Vec valid = load(block.valid + j, lanes), d = keep(valid, load(logp + j, lanes) - load(ref + j, lanes));
+    const Vec valid = load(block.valid + j, lanes), d = keep(valid, load_on(logp + j, lanes) - load_on(ref + j, lanes));
     Vec kl = d, slope = 1.f;
     if (p.kl_estimator == k2) {
       kl = Vec(0.5f) * d * d;
@@ -253,7 +259,7 @@ static void entropy_of_block(Block& block, const PpoRow& row, PpoSums& sums) {
   Vec total = 0.f;
   for_each_vector(block.n, [&](int64_t j, int lanes) {
     const Vec valid = load(block.valid + j, lanes);
-    total += keep(valid, load(entropy + j, lanes));
+    total += keep(valid, load_on(entropy + j, lanes));
     store(grad + j, keep(valid, coef), lanes);
   });
   sums.entropy = double(total.sum()) * row.weight;
@@ -268,10 +274,10 @@ static void values_of_block(Block& block, const PpoRow& row, PpoSums& sums) {
   Vec losses = 0.f, cut = 0.f, all_v = 0.f, all_r = 0.f, all_e = 0.f;
   for_each_vector(block.n, [&](int64_t j, int lanes) {
     const Vec valid = load(block.valid + j, lanes);
-    const Vec v = keep(valid, load(values + j, lanes)), r = keep(valid, load(returns + j, lanes)), e = v - r;
+    const Vec v = keep(valid, load_on(values + j, lanes)), r = keep(valid, load_on(returns + j, lanes)), e = v - r;
     Vec loss = e * e, slope = e;
     if (old) {
-      const Vec from = keep(valid, load(old + j, lanes)), f = clamp(v, from - reach, from + reach) - r;
+      const Vec from = keep(valid, load_on(old + j, lanes)), f = clamp(v, from - reach, from + reach) - r;
       // A NaN among the old values, which comparisons pass over, comes out as it does from the definition.
       const Vec clipped = fma(f, f, from - from);
       cut += where_less(loss, clipped, Vec(1.f), Vec(0.f));
@@ -290,7 +296,7 @@ static void values_of_block(Block& block, const PpoRow& row, PpoSums& sums) {
   const Vec mean_r = float(sums.returns / sums.count), mean_e = float(-sums.errors / sums.count);
   Vec spread_r = 0.f, spread_e = 0.f;
   for_each_vector(block.n, [&](int64_t j, int lanes) {
-    const Vec valid = load(block.valid + j, lanes), r = load(returns + j, lanes), v = load(values + j, lanes);
+    const Vec valid = load(block.valid + j, lanes), r = load_on(returns + j, lanes), v = load_on(values + j, lanes);
     const Vec from_mean = keep(valid, r - mean_r), error = keep(valid, (v - r) - mean_e);
     spread_r = fma(from_mean, from_mean, spread_r);
     spread_e = fma(error, error, spread_e);
@@ -382,13 +388,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss(
     Maybe entropy, Maybe ref_logprobs, Maybe importance_weights, Maybe cu_seqlens, Maybe num_items, double items,
     double clip_low, double clip_high, double dual_clip, double value_clip, double value_coef, double entropy_coef,
     double kl_coef, int64_t kl_estimator, int64_t level, int64_t aggregation, int64_t variant) {
-  mask = torch::stable::contiguous(mask);
+  mask = dense(mask);
   const int64_t tokens = mask.numel();
   std::vector<Tensor> held;  // what the columns point into
   bool by_row = false;
   const auto column = [&](const Maybe& t) -> PpoColumn {
     if (!t) return {};
-    held.push_back(torch::stable::contiguous(*t));
+    held.push_back(dense(*t));
     const bool one_a_row = t->dim() < mask.dim();
     by_row |= one_a_row;
     return {dtype_of(*t), held.back().const_data_ptr(), one_a_row};
@@ -413,7 +419,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss(
   if (!(over_sequences || p.by_sequence || by_row)) {
     rows.push(0, tokens);
   } else if (cu_seqlens) {
-    const Tensor bounds = torch::stable::contiguous(*cu_seqlens);
+    const Tensor bounds = dense(*cu_seqlens);
     const int32_t* b = (const int32_t*)bounds.const_data_ptr();
     const int64_t count = bounds.numel() - 1;
     STD_TORCH_CHECK(count >= 0 && b[0] == 0 && b[count] == tokens, "fastllm: cu_seqlens must go from 0 to the number of tokens");

@@ -54,8 +54,9 @@ def gae(
     for name, given in (("values", values), ("mask", mask), ("dones", dones)):
         if given is not None:
             _check.is_tensor(name, given)
-            _check.has_shape(name, given, shape, "the shape of rewards")
-            _check.same_device(name, given, "rewards", rewards)
+            if given.shape != shape or given.device != rewards.device:
+                _check.has_shape(name, given, shape, "the shape of rewards")
+                _check.same_device(name, given, "rewards", rewards)
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"mask must be a bool tensor, got {mask.dtype}")
     if dones is not None and dones.dtype != torch.bool:
@@ -68,7 +69,9 @@ def gae(
         _check.is_cu_seqlens("cu_seqlens", cu_seqlens, "rewards", rewards)
     if values.dtype == torch.float64:
         rewards = rewards.double()
-    return _gae(rewards.detach(), values.detach(), mask, dones, cu_seqlens, gamma, lam)
+    if rewards.requires_grad or values.requires_grad:
+        rewards, values = rewards.detach(), values.detach()
+    return _gae(rewards, values, mask, dones, cu_seqlens, gamma, lam)
 
 
 def _definition(
