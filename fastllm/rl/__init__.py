@@ -1,5 +1,25 @@
 """Losses and rewards of reinforcement learning from human feedback, composed from fastllm.ops."""
 
+from fastllm.rl.advantages import explained_variance, group_advantages, whiten
+from fastllm.rl.control import AdaptiveKL, should_stop
 from fastllm.rl.ppo import PPOLoss, ppo_loss
+from fastllm.rl.preference import PreferenceLoss, dpo_loss, kto_loss, orpo_loss, reward_loss, simpo_loss
+from fastllm.rl.rewards import sequence_scores, token_rewards
 
-__all__ = ["PPOLoss", "ppo_loss"]
+__all__ = [
+    "AdaptiveKL",
+    "PPOLoss",
+    "PreferenceLoss",
+    "dpo_loss",
+    "explained_variance",
+    "group_advantages",
+    "kto_loss",
+    "orpo_loss",
+    "ppo_loss",
+    "reward_loss",
+    "sequence_scores",
+    "should_stop",
+    "simpo_loss",
+    "token_rewards",
+    "whiten",
+]
