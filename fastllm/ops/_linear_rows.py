@@ -8,7 +8,7 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,10 @@ SPLIT_BYTES = 8 << 20
 # Classes per product on the CPU: its blocked matrix product is fastest when a block of the weight stays in cache. A GPU
 # takes them all in one.
 CPU_CLASSES = 4096
+
+
+# (first row, last row, their statistics (5, rows)) -> gradients of each row's loss and of its entropy
+Gradients = Callable[[int, int, Tensor], "tuple[Tensor, Tensor | None]"]
 
 
 @dataclass(frozen=True)
@@ -48,22 +52,29 @@ def sweep(
     rows: Rows,
     *,
     stats: Tensor | None = None,
-    grad: Tensor | None = None,
+    grad: Tensor | Gradients | None = None,
     grad_entropy: Tensor | None = None,
     wanted: Sequence[bool] = (False, False, False),
     dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    low_rank: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, ...]:
     """Statistics (5, N) of every row and the gradients of hidden, weight and bias that are `wanted` (empty: not).
 
     Args:
         hidden: (N, C). weight: (V, C). target: (N,) int64. bias: (V,) or None.
         stats: the statistics, where an earlier sweep found them; None: found here.
-        grad, grad_entropy: (N,) gradients of each row's loss and entropy.
+        grad, grad_entropy: (N,) gradients of each row's loss and entropy; or in place of both a function that finds them for
+            the rows first to last from their statistics. Then, and with low_rank, no row may be ignored.
         dtype: of the gradients, hidden's unless given. Sums over chunks are fp32, and rounded to it once.
+        low_rank: (u, b), (N, R) and (V, R) in hidden's dtype or in fp32: the logits are those of hidden plus ``u @ b.T``, and two
+            more gradients, of u and of b, are returned in fp32 where the fourth and fifth of `wanted` ask for them.
     """
     with torch.no_grad():
         hidden, weight = hidden.detach(), weight.detach()
         bias = None if bias is None else bias.detach().to(hidden.dtype)
+        if low_rank is not None:
+            dtypes = torch.promote_types(low_rank[0].dtype, low_rank[1].dtype)
+            low_rank = low_rank[0].detach().to(dtypes), low_rank[1].detach().to(dtypes)
         if hidden.device.type == "cpu":
             _softmax_rows.check_range(target, weight.shape[0], rows.ignore_index)
             kept = (target != rows.ignore_index).nonzero().squeeze(-1)
@@ -71,13 +82,16 @@ def sweep(
                 return _of_kept(kept, hidden, weight, target, bias, rows, stats, grad, grad_entropy, wanted, dtype)
         elif rows.ignore_index != _softmax_rows.NO_IGNORE:  # NaN in such a row must not reach the weight's gradient
             hidden = hidden.masked_fill((target == rows.ignore_index).unsqueeze(-1), 0.0)
-        return _sweep(hidden, weight, target, bias, rows, stats, grad, grad_entropy, wanted, dtype or hidden.dtype)
+        return _sweep(
+            hidden, weight, target, bias, rows, stats, grad, grad_entropy, wanted, dtype or hidden.dtype, low_rank
+        )
 
 
 def _sweep(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, rows: Rows, stats: Tensor | None,
-    grad: Tensor | None, grad_entropy: Tensor | None, wanted: Sequence[bool], dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor | Gradients | None, grad_entropy: Tensor | None, wanted: Sequence[bool], dtype: torch.dtype,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     (tokens, channels), classes = hidden.shape, weight.shape[0]
     retain = stats is None and any(wanted)
     size, step = _chunk(tokens, weight, retain, wanted[1])
@@ -88,8 +102,12 @@ def _sweep(
         _fresh(hidden, shape if want else (0,), dtype)
         for shape, want in zip((hidden.shape, weight.shape, weight.shape[:1]), wanted)
     )
+    sum_low_rank = [  # of so few numbers that they are all in fp32
+        torch.zeros_like(t, dtype=torch.float32) if want else t.new_empty(0)
+        for t, want in zip(low_rank or (), wanted[3:])
+    ]
     if not tokens:
-        return found, grad_hidden, grad_weight.zero_(), grad_bias.zero_()
+        return found, grad_hidden, grad_weight.zero_(), grad_bias.zero_(), *sum_low_rank
 
     # A gradient that is one product is written where it belongs, and on the CPU also one that is two: the first is then
     # an addend inside the second, which adds up in fp32. A sum of more products has an fp32 matrix to add up in.
@@ -104,6 +122,7 @@ def _sweep(
     block = buffer
     for begin, end in chunks:
         h, t, count = hidden[begin:end], target[begin:end], end - begin
+        u = None if low_rank is None else (low_rank[0][begin:end], low_rank[1])
         held = []
         part = None
         for first, last in blocks:
@@ -111,7 +130,7 @@ def _sweep(
             block = buffer[start : start + count * (last - first)].view(count, last - first)
             held.append(block)
             if stats is None:
-                _logits_into(block, h, weight, bias, first, last)
+                _logits_into(block, h, weight, bias, first, last, u)
                 part = _softmax_rows.statistics(
                     block, t, None, part, first, rows.ignore_index, rows.logit_scale, rows.softcap, rows.temperature,
                     rows.label_smoothing > 0, rows.with_entropy,
@@ -123,13 +142,16 @@ def _sweep(
         if not any(wanted):
             continue
         assert grad is not None
+        if isinstance(grad, Tensor):
+            grads, grads_entropy = grad[begin:end], None if grad_entropy is None else grad_entropy[begin:end]
+        else:
+            grads, grads_entropy = grad(begin, end, part)
         for (first, last), block in zip(blocks, held):
             if not retain:
-                _logits_into(block, h, weight, bias, first, last)
+                _logits_into(block, h, weight, bias, first, last, u)
             _softmax_rows.gradient_(
-                block, t, None, part, grad[begin:end], None if grad_entropy is None else grad_entropy[begin:end], first,
-                classes, rows.ignore_index, rows.logit_scale, rows.softcap, rows.temperature, rows.label_smoothing,
-                rows.z_loss,
+                block, t, None, part, grads, grads_entropy, first, classes, rows.ignore_index, rows.logit_scale,
+                rows.softcap, rows.temperature, rows.label_smoothing, rows.z_loss,
             )  # fmt: skip
             if wanted[0]:
                 total = grad_hidden[begin:end] if sum_hidden is None else sum_hidden[:count]
@@ -139,12 +161,14 @@ def _sweep(
                 _add(total, block.t(), h, product, fresh=begin == 0)
             if wanted[2]:
                 sum_bias[first:last] += block.sum(0, dtype=torch.float32)
+            if u is not None:
+                _add_low_rank(sum_low_rank, block, u, begin, first, wanted)
         if wanted[0] and sum_hidden is not None:
             grad_hidden[begin:end] = sum_hidden[:count]
     del buffer, product, block, held  # before the narrow copy of the weight gradient comes to life
     if sum_weight is not None:
         grad_weight.copy_(sum_weight)
-    return found, grad_hidden, grad_weight, grad_bias.copy_(sum_bias)
+    return found, grad_hidden, grad_weight, grad_bias.copy_(sum_bias), *sum_low_rank
 
 
 def _chunk(tokens: int, weight: Tensor, retain: bool, sums_weight: bool) -> tuple[int, int]:
@@ -178,12 +202,38 @@ def _fresh(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return tensor
 
 
-def _logits_into(block: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, first: int, last: int) -> None:
-    """The logits of classes first to last, rounded as the plain head rounds them."""
+def _logits_into(
+    block: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, first: int, last: int,
+    low_rank: tuple[Tensor, Tensor] | None,
+) -> None:  # fmt: skip
+    """The logits of classes first to last, rounded as the plain head and an adapter beside it round them."""
     if bias is None:
         torch.mm(hidden, weight[first:last].t(), out=block)
     else:
         torch.addmm(bias[first:last], hidden, weight[first:last].t(), out=block)
+    if low_rank is None:
+        return
+    u, b = low_rank
+    if u.dtype == block.dtype:
+        block.addmm_(u, b[first:last].t())
+        return
+    for at in range(first, last, CPU_CLASSES):  # an fp32 product of few classes at a time
+        end = min(at + CPU_CLASSES, last)
+        block[:, at - first : end - first] += torch.mm(u, b[at:end].t())
+
+
+def _add_low_rank(
+    sums: list[Tensor], block: Tensor, low_rank: tuple[Tensor, Tensor], begin: int, first: int, wanted: Sequence[bool]
+) -> None:
+    """The gradients of u and b from that of the logits of tokens from `begin` and classes from `first`."""
+    u, b = low_rank
+    dtype = torch.float32 if block.dtype == torch.float16 else u.dtype  # as in _add
+    for part, at in zip(block.split(CPU_CLASSES, 1), range(first, first + block.shape[1], CPU_CLASSES)):
+        part, classes = part.to(dtype), slice(at, at + part.shape[1])
+        if wanted[3]:
+            sums[0][begin : begin + len(part)] += torch.mm(part, b[classes].to(dtype))
+        if wanted[4]:
+            sums[1][classes] += torch.mm(part.t(), u.to(dtype))
 
 
 def _add(total: Tensor, a: Tensor, b: Tensor, scratch: Tensor, fresh: bool) -> None:
@@ -205,9 +255,10 @@ def _add(total: Tensor, a: Tensor, b: Tensor, scratch: Tensor, fresh: bool) -> N
 
 def _of_kept(
     kept: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, rows: Rows, stats: Tensor | None,
-    grad: Tensor | None, grad_entropy: Tensor | None, wanted: Sequence[bool], dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor | Gradients | None, grad_entropy: Tensor | None, wanted: Sequence[bool], dtype: torch.dtype | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """`sweep` over the rows that are not ignored, its results put back among the others."""
+    assert grad is None or isinstance(grad, Tensor)
     part, grad_hidden, grad_weight, grad_bias = _sweep(
         hidden[kept], weight, target[kept], bias, rows,
         None if stats is None else stats[:, kept].contiguous(),
