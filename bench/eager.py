@@ -120,6 +120,25 @@ def ppo_loss(
     return loss, *(x.detach() for x in stats)
 
 
+def linear_ppo_loss(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, old: Tensor, advantages: Tensor, mask: Tensor
+) -> Tensor:
+    """As a GRPO trainer: logits, taken to fp32, log-probabilities of the tokens, the loss clipped at 0.2."""
+    return _clipped_loss((hidden @ weight.T).float(), tokens, old, advantages, mask)
+
+
+def exact_linear_ppo_loss(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, old: Tensor, advantages: Tensor, mask: Tensor
+) -> Tensor:
+    return _clipped_loss(hidden @ weight.T, tokens, old, advantages, mask)
+
+
+def _clipped_loss(logits: Tensor, tokens: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    logprobs = logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    ratio, a = torch.exp(logprobs - old), advantages.unsqueeze(-1)
+    return (torch.maximum(-a * ratio, -a * torch.clamp(ratio, 0.8, 1.2)) * mask).sum() / mask.sum()
+
+
 def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int) -> Tensor:
     """What a model does about a window: a mask of all pairs."""
     i, j = torch.arange(q.shape[2], device=q.device).unsqueeze(1), torch.arange(k.shape[2], device=q.device)

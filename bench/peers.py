@@ -19,6 +19,15 @@ def liger(name: str, call: Callable[..., Any]) -> Peer:
     return _on_gpu("liger", "liger_kernel.transformers.functional", name, call)
 
 
+def liger_grpo() -> Callable[..., Any]:
+    """Liger's chunked GRPO loss from hidden states: plain torch and torch.compile, so it runs anywhere."""
+    module = importlib.import_module("liger_kernel.chunked_loss")
+    loss = module.LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="bnpo")
+    return lambda hidden, weight, tokens, old, advantages, mask: loss(
+        hidden, weight, tokens, mask.to(old.dtype), advantages, old_per_token_logps=old
+    )[0]
+
+
 def flash_attn(path: str, call: Callable[..., Any]) -> Peer:
     """The peer "flash-attn": the function at `path`, "module:name", among the ops that this library has beside
     attention."""

@@ -1,4 +1,4 @@
-"""``python -m bench rl``: advantages and the policy loss, at the sizes of a rollout."""
+"""``python -m bench rl``: advantages and the policy loss, at the sizes of a rollout; and that loss from hidden states."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import eager, suite
+from bench import eager, peers, suite
 from bench.case import BOTH, FORWARD, Case
 from fastllm import ops, rl
 
+ROWS, TOKENS, CHANNELS, VOCABULARY = 8, 512, 1024, 32000
 VALUE_COEF, ENTROPY_COEF, KL_COEF = 0.1, 0.01, 0.05
 
 
@@ -32,6 +33,22 @@ def _update(rows: int, tokens: int) -> Callable[[torch.dtype], tuple[Any, ...]]:
         return (*(x.to(dtype) for x in given), mask)
 
     return inputs
+
+
+def _hidden(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Hidden states, head, tokens, their old log-probabilities, advantages of the sequences, mask. Ratios keep away from where
+    they are clipped: a token that rounding takes across is no error of the loss."""
+    hidden = torch.randn(ROWS, TOKENS, CHANNELS).to(dtype)
+    weight = (torch.randn(VOCABULARY, CHANNELS) * (4 / CHANNELS) ** 0.5).to(dtype)
+    tokens, mask = torch.randint(VOCABULARY, (ROWS, TOKENS)), torch.ones(ROWS, TOKENS, dtype=torch.bool)
+    with torch.no_grad():
+        new = [ops.linear_token_logprobs(row, weight, each) for row, each in zip(hidden, tokens)]
+    steps = torch.tensor([-0.6, -0.08, 0.08, 0.5])[torch.randint(4, (ROWS, TOKENS))]
+    return hidden, weight, tokens, torch.stack(new) - steps, torch.randn(ROWS), mask
+
+
+def _linear(*arguments: Tensor) -> Tensor:
+    return rl.linear_ppo_loss(*arguments).loss
 
 
 def _ours(
@@ -60,6 +77,11 @@ CASES = [
     Case(
         "ppo_loss", "64x2048 with statistics", _update(64, 2048), _ours, _eager, _eager, dtypes=(torch.float32,),
         passes=(BOTH,), constants=(1, 2, 3, 5, 6),
+    ),
+    Case(
+        "linear_ppo_loss", f"{ROWS * TOKENS}x{CHANNELS}x{VOCABULARY}", _hidden, _linear, eager.linear_ppo_loss,
+        eager.exact_linear_ppo_loss, {"liger": peers.liger_grpo}, dtypes=(torch.bfloat16,), passes=(BOTH,),
+        constants=(3, 4), flops=2 * ROWS * TOKENS * CHANNELS * VOCABULARY,
     ),
 ]  # fmt: skip
 
