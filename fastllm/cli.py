@@ -1,4 +1,4 @@
-"""The command line: ``fastllm doctor``, ``fastllm patch MODEL --dry-run`` and ``fastllm context MODEL --target N``."""
+"""The command line: ``fastllm doctor``, ``fastllm patch``, ``fastllm context`` and ``fastllm train``."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} -h)\n")
 
 
+class _WronglyCalled(Exception):
+    """Its cause is an error in what the command was given."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 success, 1 it failed, 2 it was called wrongly."""
     arguments = _parser().parse_args(argv)
@@ -36,14 +40,17 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, `head` say, has read enough; nothing more can be said, at exit neither
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except Exception as error:
+    except Exception as raised:
         if arguments.debug:
             raise
+        error = raised.__cause__ if isinstance(raised, _WronglyCalled) else raised
+        if isinstance(error, FastLLMError) and os.environ.get("LOCAL_RANK", "0") != "0":
+            return 1  # the first process has said it
         said = (str(error).strip().splitlines() or [""])[0]
         if not said or not isinstance(error, (FastLLMError, ValueError, TypeError, OSError)):
             said = f"{type(error).__name__}: {said} (--debug shows where)"  # not an error meant for a user
         print(f"fastllm {arguments.command}: error: {said}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(raised, _WronglyCalled) else 1
 
 
 def _parser() -> _Parser:
@@ -97,6 +104,22 @@ def _parser() -> _Parser:
     context.add_argument("model", metavar="MODEL", help="as for fastllm patch")
     context.add_argument("--target", type=int, required=True, metavar="N", help="tokens to read")
     context.set_defaults(run=_context)
+
+    train = commands.add_parser(
+        "train",
+        parents=[shared],
+        help="train or tune a model on files of text or conversations",
+        description="Trains as a YAML file says. Every key of transformers.TrainingArguments may stand in it, beside those that "
+        "docs/training.md lists. The same file runs on many GPUs: deepspeed --module fastllm.train CONFIG, or torchrun -m "
+        "fastllm.train CONFIG. Checkpoints, metrics and the model go into a folder of their own under output_dir.",
+    )
+    train.add_argument(
+        "config", metavar="CONFIG", help="a YAML file, or an example that comes with fastllm: pretrain, sft, mixed"
+    )
+    train.add_argument(
+        "overrides", metavar="KEY=VALUE", nargs="*", help="put over the file's; rope.method=yarn reaches inside"
+    )
+    train.set_defaults(run=_train)
     return parser
 
 
@@ -154,6 +177,22 @@ def _context(arguments: argparse.Namespace) -> int:
         print(json.dumps(asdict(found), indent=2))
     else:
         print(f"{found}\n\n{_wavelengths(found)}")
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    try:
+        import datasets  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"this needs {error.name}: pip install 'fastllm[train]'") from None
+    from fastllm.train import command
+
+    try:
+        run = command.prepare(arguments.config, arguments.overrides)
+    except FastLLMError as error:
+        raise _WronglyCalled from error
+    command.finish(run, as_json=arguments.json)
     return 0
 
 

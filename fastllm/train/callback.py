@@ -1,0 +1,358 @@
+"""ThroughputCallback: what each step of a transformers.Trainer did and how fast, for any Trainer."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from fastllm.train.throughput import CONVENTIONS, StepFlops, Throughput, peak_flops, step_flops
+
+_PARTS = ("data", "forward_backward", "optimizer")
+
+
+class ThroughputCallback(TrainerCallback):
+    """Measures every optimizer step of a Trainer and adds the result to its logs.
+
+    Added keys, over the steps since the last log: `tgs`, `tgs_real`, `tgs_trainable` (tokens per second and device: of all
+    positions, without padding, of those trained on), `samples_per_s` (rows per second and device), `step_s` and of it `data_s`,
+    `forward_backward_s`, `optimizer_s`, `tflops` and `hardware_tflops` per device, `mfu` and `hfu` where the device's peak is known,
+    `peak_memory_gb`. At the end of training `average` holds the same over all steps but the first, which pays for warming up.
+
+    The logs of step n go to `state.log_history`, to the callbacks after this one and, a JSON object a line, to `metrics_file`. In
+    TensorBoard and Weights & Biases they appear where this callback comes first: ``ThroughputCallback().put_first(trainer)``.
+    Evaluation, saving and logging are no part of a step's time.
+
+    Args:
+        metrics_file: default `output_dir`/metrics.jsonl. Rank 0 alone writes.
+        convention: of the attention's FLOPs, see ``fastllm.train.step_flops``.
+        progress: show a progress bar with loss, TGS and time left (to be used without the Trainer's own:
+            ``disable_tqdm=True``); where standard error is no terminal, a line every ten seconds.
+    """
+
+    def __init__(
+        self, metrics_file: str | os.PathLike[str] | None = None, *, convention: str = "causal", progress: bool = False
+    ) -> None:
+        if convention not in CONVENTIONS:
+            raise ValueError(f"convention must be one of {', '.join(CONVENTIONS)}, got {convention!r}")
+        self.metrics_file, self.convention, self.progress = metrics_file, convention, progress
+        self.average: dict[str, float] = {}
+        self._reset()
+
+    def put_first(self, trainer: Any) -> ThroughputCallback:
+        """Adds this callback to a trainer ahead of all others, so that their logs hold its figures."""
+        trainer.callback_handler.callbacks.insert(0, self)
+        return self
+
+    def _reset(self) -> None:
+        self._model: Any = None
+        self._hook: Any = None
+        self._steps: list[_Step] = []  # since the last log
+        self._total = _Sum()  # of this process, over all steps but the first
+        self._warm = False
+        self._current: _Step | None = None
+        self._mark: Any = None  # the end of what came last
+        self._bar: Any = None
+
+    # ---- events --------------------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self._close()
+        self._reset()
+        self._model = model
+        self._clock = _Clock(args.device)
+        self._devices = max(1, args.world_size) * max(1, args.n_gpu if args.world_size <= 1 else 1)
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else next(model.parameters()).dtype
+        self._peak = peak_flops(args.device, dtype)
+        self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
+        if self.progress and state.is_world_process_zero:
+            self._bar = _Bar(state.max_steps, state.global_step)
+        self._mark = self._clock.now()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._mark is None:
+            return
+        self._current = _Step(begun=self._mark)
+        self._current.data = self._clock.now()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._current:
+            self._current.backward = self._clock.now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._mark = self._clock.now()
+        if self._current:
+            self._current.end = self._mark
+            self._steps.append(self._current)
+            self._current = None
+        if self._bar:
+            self._bar.move(state.global_step)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
+        self._mark = self._clock.now() if self._mark is not None else None
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._mark = self._clock.now() if self._mark is not None else None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        logs = {} if logs is None else logs
+        if self._steps and "loss" in logs:
+            logs |= self._figures(self._everywhere(self._drain()))
+            if state.log_history:
+                state.log_history[-1].update(logs)
+        if state.is_world_process_zero:
+            self._write(args, state, logs)
+            if self._bar:
+                self._bar.say(state, logs)
+        self._mark = self._clock.now() if self._mark is not None else None
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._drain()
+        self.average = self._figures(self._everywhere(self._total)) if self._total.steps else {}
+        self._close()
+
+    def _close(self) -> None:
+        if self._hook:
+            self._hook.remove()
+            self._hook = None
+        if self._bar:
+            self._bar.close()
+            self._bar = None
+
+    # ---- counting ------------------------------------------------------------------------------------------------
+
+    def _count(self, model: nn.Module, positional: Any, inputs: dict[str, Any]) -> None:
+        """Ahead of every forward pass; keeps tensors of the batch, for to read them here would wait for the device."""
+        ids = inputs.get("input_ids", positional[0] if positional else None)
+        if not model.training or self._current is None or not isinstance(ids, Tensor):
+            return
+        labels = inputs.get("labels")
+        self._current.batches.append(
+            _Batch(ids.shape, inputs.get("attention_mask"), inputs.get("position_ids"), labels)
+        )
+
+    def _drain(self) -> _Sum:
+        """The steps of this process since the last log, summed; waits for the device once."""
+        if self._steps:
+            self._clock.wait()
+        done = _Sum()
+        for step in self._steps:
+            lengths = [length for batch in step.batches for length in batch.lengths()]
+            backward = step.backward if step.backward is not None else step.end
+            points = [step.begun, step.data, backward, step.end]
+            parts = [self._clock.between(a, b) for a, b in pairwise(points)]
+            flops = step_flops(self._model, lengths, convention=self.convention)
+            trained = sum(batch.trained() for batch in step.batches)
+            one = _Sum(
+                1, sum(b.shape.numel() for b in step.batches), sum(lengths), trained, len(lengths),
+                dict(zip(_PARTS, parts)), flops.model, flops.hardware,
+            )  # fmt: skip
+            done.add(one)
+            if self._warm:
+                self._total.add(one)
+            self._warm = True
+        self._steps = []
+        return done
+
+    def _everywhere(self, done: _Sum) -> _Sum:
+        """Summed over all processes; times are means of theirs."""
+        if self._devices == 1 or not torch.distributed.is_initialized():
+            return done
+        world = torch.distributed.get_world_size()
+        values = [done.tokens, done.real, done.trained, done.samples, done.model, done.hardware]
+        values += [done.parts[name] / world for name in _PARTS]
+        device = next(self._model.parameters()).device
+        kind = torch.float64 if device.type != "mps" else torch.float32
+        whole = torch.tensor(values, dtype=kind, device=device)
+        torch.distributed.all_reduce(whole)
+        tokens, real, trained, samples, model, hardware, *parts = whole.tolist()
+        return _Sum(
+            done.steps, round(tokens), round(real), round(trained), round(samples), dict(zip(_PARTS, parts)), model, hardware,
+        )  # fmt: skip
+
+    def _figures(self, done: _Sum) -> dict[str, float]:
+        seconds = max(sum(done.parts.values()), 1e-9)
+        rates = Throughput(
+            seconds,
+            done.tokens,
+            done.real,
+            done.trained,
+            StepFlops(done.model, done.hardware),
+            self._devices,
+            self._peak,
+        )
+        figures = {
+            "tgs": rates.tokens_per_s,
+            "tgs_real": rates.real_tokens_per_s,
+            "tgs_trainable": rates.trainable_tokens_per_s,
+            "samples_per_s": done.samples / seconds / self._devices,
+            "step_s": seconds / max(1, done.steps),
+            **{f"{name}_s": done.parts[name] / max(1, done.steps) for name in _PARTS},
+            "tflops": rates.tflops,
+            "hardware_tflops": rates.hardware_tflops,
+        }
+        if rates.mfu is not None and rates.hfu is not None:
+            figures |= {"mfu": rates.mfu, "hfu": rates.hfu}
+        if (memory := _peak_memory(self._clock.device)) is not None:
+            figures["peak_memory_gb"] = memory / 1e9
+        return {name: float(f"{value:.6g}") for name, value in figures.items()}
+
+    # ---- telling -------------------------------------------------------------------------------------------------
+
+    def _write(self, args: Any, state: Any, logs: dict[str, Any]) -> None:
+        path = Path(self.metrics_file or Path(args.output_dir) / "metrics.jsonl")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}, default=float) + "\n")
+
+
+@dataclass
+class _Batch:
+    shape: torch.Size
+    mask: Any
+    positions: Any
+    labels: Any
+
+    def lengths(self) -> list[int]:
+        """Real tokens of every row; of a packed batch, where positions begin again, of every row in it."""
+        if isinstance(self.mask, Tensor) and self.mask.dim() == 2:
+            return self.mask.sum(1).tolist()
+        if isinstance(self.positions, Tensor) and self.positions.dim() == 2:
+            found: list[int] = []
+            for row in self.positions.cpu():
+                starts = torch.nonzero(row[1:] != row[:-1] + 1).flatten() + 1
+                edges = [0, *starts.tolist(), len(row)]
+                found += [b - a for a, b in pairwise(edges)]
+            return found
+        return [self.shape[1]] * self.shape[0]
+
+    def trained(self) -> int:
+        """Positions whose prediction counts in the loss; a row's first label is predicted by nothing."""
+        if not isinstance(self.labels, Tensor):
+            return 0
+        return int((self.labels[..., 1:] != -100).sum())
+
+
+@dataclass
+class _Step:
+    begun: Any
+    data: Any = None
+    backward: Any = None
+    end: Any = None
+    batches: list[_Batch] = field(default_factory=list)
+
+
+@dataclass
+class _Sum:
+    steps: int = 0
+    tokens: int = 0
+    real: int = 0
+    trained: int = 0
+    samples: int = 0
+    parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_PARTS, 0.0))
+    model: float = 0.0
+    hardware: float = 0.0
+
+    def add(self, other: _Sum) -> None:
+        for name in ("steps", "tokens", "real", "trained", "samples", "model", "hardware"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in _PARTS:
+            self.parts[name] += other.parts[name]
+
+
+class _Clock:
+    """Points in time: on a CUDA device events in its stream, so that to take one does not wait for the work before it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cuda = device.type == "cuda"
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def now(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+
+    def between(self, one: Any, other: Any) -> float:
+        return one.elapsed_time(other) / 1000 if self.cuda else other - one
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    """Bytes: the most allocated on the GPU, or resident in this process; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return None
+
+
+class _Bar:
+    """Loss, speed and time left: a bar on a terminal, elsewhere a line now and then."""
+
+    def __init__(self, steps: int, done: int) -> None:
+        from tqdm.auto import tqdm
+
+        self.bar: Any = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=steps, initial=done, dynamic_ncols=True, unit="step")
+        self.begun, self.first, self.said = time.perf_counter(), done, -math.inf
+
+    def move(self, step: int) -> None:
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+
+    def say(self, state: Any, logs: dict[str, Any]) -> None:
+        told = {key: logs[key] for key in ("loss", "eval_loss", "eval_perplexity", "tgs_real", "mfu") if key in logs}
+        if not told:
+            return
+        text = " ".join(f"{key} {value:,.4g}" for key, value in told.items())
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+            return
+        now = time.perf_counter()
+        if now - self.said < 10 and state.global_step < state.max_steps and "loss" in told:
+            return
+        self.said = now
+        done = max(1, state.global_step - self.first)
+        left = (now - self.begun) / done * (state.max_steps - state.global_step)
+        print(f"step {state.global_step}/{state.max_steps} {text} left {_clock(left)}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def read_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics.jsonl, without one that a crash has torn."""
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue

@@ -1,0 +1,209 @@
+"""Checkpoints that are whole or not there: written aside, forced to disk, renamed; and which of them to keep."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastllm.errors import CheckpointError
+
+NAME = "checkpoint-"
+_ASIDE = ".saving-"  # what a crash leaves behind begins so
+_SPARE = 1.05  # a save may need so much more than was counted
+_NEARLY_FULL = 0.85
+STATE = "trainer_state.json"
+
+
+def complete(run: Path) -> list[Path]:
+    """The checkpoints of a run, the newest last. Half-written ones have another name."""
+    found = [p for p in run.glob(f"{NAME}*") if re.fullmatch(rf"{NAME}\d+", p.name) and (p / STATE).is_file()]
+    return sorted(found, key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix(NAME))
+
+
+def find(path: str | os.PathLike[str]) -> Path:
+    """The checkpoint meant by a path: itself, or the newest complete one of a run.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no checkpoint or run {folder}")
+    if (folder / STATE).is_file():
+        return folder
+    if not (found := complete(folder)):
+        raise CheckpointError(f"{folder} holds no complete checkpoint")
+    return found[-1]
+
+
+def size_on_disk(folder: Path) -> int:
+    """Bytes."""
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Warns where the disk is nearly full.
+
+    Raises:
+        CheckpointError: `needed` bytes do not fit.
+    """
+    usage = shutil.disk_usage(folder)
+    if needed * _SPARE > usage.free:
+        raise CheckpointError(
+            f"{folder} has {_bytes(usage.free)} free, and a checkpoint takes {_bytes(int(needed * _SPARE))}: training stops; "
+            "the checkpoints before it are intact"
+        )
+    if (share := (usage.used + needed) / max(1, usage.used + usage.free)) > _NEARLY_FULL:
+        print(f"warning: with this checkpoint the disk of {folder} is {share:.0%} full", file=sys.stderr)
+
+
+@contextmanager
+def written_whole(folder: Path, *, writes: bool, together: Any = None) -> Iterator[Path]:
+    """A folder to write into that becomes `folder` at the end of the block, and vanishes where the block fails.
+
+    Args:
+        folder: where the files are to be; replaced if it is there.
+        writes: whether this process makes the folder and renames it; one process alone may.
+        together: called by every process, to wait for the others; none where there is one process.
+    """
+    aside = folder.with_name(f"{_ASIDE}{folder.name}")
+    if writes:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    _wait(together)
+    try:
+        yield aside
+        _wait(together)
+        if writes:
+            _flush(aside)
+            old = folder.with_name(f"{_ASIDE}old-{folder.name}")
+            shutil.rmtree(old, ignore_errors=True)
+            if folder.exists():
+                os.rename(folder, old)
+            os.rename(aside, folder)
+            _flush_folder(folder.parent)
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        if writes:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(
+            f"{folder.name} was not written ({error.strerror or error}); the checkpoints before it are intact"
+        ) from error
+    except BaseException:
+        if writes:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+    _wait(together)
+
+
+def clean(run: Path) -> None:
+    """Removes what killed saves have left in a run."""
+    for path in run.glob(f"{_ASIDE}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def rotate(run: Path, keep: int | None, best: Path | None) -> None:
+    """Deletes the oldest checkpoints until `keep` are left, besides the best one. A deletion cut short leaves no checkpoint."""
+    if keep is None:
+        return
+    others = [p for p in complete(run) if best is None or p.name != best.name]
+    for path in others[: max(0, len(others) - keep)]:
+        gone = path.with_name(f"{_ASIDE}old-{path.name}")
+        shutil.rmtree(gone, ignore_errors=True)
+        os.rename(path, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def check_same_model(checkpoint: Path, model: Any) -> None:
+    """Compares names and shapes of a checkpoint's weights with a model's.
+
+    Raises:
+        CheckpointError: they are another model's, named by the first difference.
+    """
+    from safetensors import safe_open
+
+    found: dict[str, tuple[int, ...]] = {}
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                found |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        except Exception as error:  # safetensors has an error type of its own in Rust
+            raise CheckpointError(f"{path} cannot be read: {error}") from None
+    adapter = (checkpoint / "adapter_config.json").is_file()
+    if adapter != hasattr(model, "peft_config"):
+        raise CheckpointError(
+            f"{checkpoint} holds {'an adapter' if adapter else 'a whole model'}, and the configuration asks for "
+            f"{'a run without lora' if adapter else 'lora'}"
+        )
+    if not found or adapter:
+        return
+    own = {key: tuple(getattr(t, "ds_shape", t.shape)) for key, t in model.state_dict(keep_vars=True).items()}
+    for key, shape in found.items():
+        if key not in own:
+            raise CheckpointError(f"{checkpoint} is of another model: it has {key}, and {type(model).__name__} has not")
+        if own[key] != shape:
+            raise CheckpointError(
+                f"{checkpoint} is of another model: its {key} is {shape}, the configuration's {own[key]}"
+            )
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What the Trainer knew at a checkpoint: step, best metric, history.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint / STATE} cannot be read: {error}") from None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a file in one go."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    _flush_folder(path.parent)
+
+
+def _wait(together: Any) -> None:
+    if together is not None:
+        together()
+
+
+def _flush(folder: Path) -> None:
+    """Forces every file of a folder and the folders themselves to disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        elif path.is_dir():
+            _flush_folder(path)
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

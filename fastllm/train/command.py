@@ -1,0 +1,47 @@
+"""`fastllm train`: the example configurations by name, and the last words of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastllm.train import config
+from fastllm.train.run import Run
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def prepare(name: str, overrides: list[str]) -> Run:
+    """The run that a configuration file describes, or an example that comes with the package, by its bare name.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: what is wrong with the input.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # else DeepSpeed, where transformers finds it, says that it guesses
+    example = CONFIGS / f"{name}.yaml"
+    return Run(config.load(example if not Path(name).exists() and example.is_file() else name, overrides))
+
+
+def finish(run: Run, *, as_json: bool) -> None:
+    """Trains, and says on the first process what came of it."""
+    result = run.go()
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if as_json:
+        print(json.dumps(asdict(result), indent=2))
+        return
+    speed: dict[str, Any] = result.throughput
+    said = [f"{result.steps} steps, mean training loss {result.train_loss:.4f}"]
+    if result.best_perplexity is not None:
+        said.append(f"best validation perplexity {result.best_perplexity:.4f}")
+    if speed:
+        said.append(f"{speed['tgs_real']:,.0f} real tokens per second and device, {speed['tflops']:.3g} TFLOPS")
+    print(", ".join(said) + f"\nmodel: {result.final}")

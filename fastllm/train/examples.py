@@ -1,0 +1,153 @@
+"""Small data and a small model out of Python's own standard library, for the example configurations and for tests.
+
+Names that begin with ``example:`` stand for them in a configuration, and are made when they are first needed:
+
+- ``example:llama``: a Llama of a million parameters, untrained, whose tokens are bytes.
+- ``example:sources``, ``example:held-out``: modules of the standard library, as texts.
+- ``example:questions``, ``example:held-out-questions``: "What does json.dumps do?" with the docstring's first line, as conversations.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fastllm.errors import ConfigError
+
+PREFIX = "example:"
+_VERSION = 1
+_SPECIAL = ("<bos>", "<eos>", "<pad>")
+
+
+def resolve(name: str, cache: str | os.PathLike[str] | None = None) -> str:
+    """The path behind a name, made where it is not there yet; other names as they are.
+
+    Raises:
+        ConfigError: an example that does not exist.
+    """
+    if not name.startswith(PREFIX):
+        return name
+    what = name.removeprefix(PREFIX)
+    if what not in _MAKERS:
+        raise ConfigError(f"there is no {name!r}; there are {', '.join(PREFIX + one for one in _MAKERS)}")
+    import sys
+
+    folder = Path(cache or os.environ.get("FASTLLM_CACHE") or "~/.cache/fastllm").expanduser()
+    version = f"{_VERSION}-{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
+    path = folder / f"examples-{version}" / (what if what in _FOLDERS else f"{what}.jsonl")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        _MAKERS[what](part)
+        try:
+            part.rename(path)
+        except OSError:  # another process was faster
+            if not path.exists():
+                raise
+    return str(path)
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer whose tokens are the 256 bytes, <bos>, <eos> and <pad>, with the chat template "plain"."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from fastllm.train.encode import TEMPLATES
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={character: n for n, character in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(_SPECIAL))
+    bos, eos, pad = _SPECIAL
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad)
+    fast.chat_template = TEMPLATES["plain"]
+    return fast
+
+
+def tiny_config(**more: Any) -> Any:
+    """The configuration of the example's Llama: 1.0 M parameters, 1024 tokens."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(**{
+        "vocab_size": 259, "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 1024, "tie_word_embeddings": True, "bos_token_id": 256,
+        "eos_token_id": 257, "pad_token_id": 258, **more,
+    })  # fmt: skip
+
+
+def _llama(folder: Path) -> None:
+    import torch
+    from transformers import LlamaForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(tiny_config()).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+def _modules() -> list[Path]:
+    """The standard library's modules, those for its own tests left out, always in the same order."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    return sorted(path for path in folder.glob("*.py") if not path.name.startswith("_")) + sorted(
+        path
+        for name in ("json", "email", "http", "logging", "asyncio", "collections")
+        for path in (folder / name).glob("*.py")
+    )
+
+
+def _held_out(path: Path) -> bool:
+    return sum(path.name.encode()) % 16 == 0
+
+
+def _sources(held_out: bool) -> Iterator[dict[str, Any]]:
+    for path in _modules():
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if _held_out(path) == held_out and text.strip():
+            yield {"text": text}
+
+
+def _questions(held_out: bool) -> Iterator[dict[str, Any]]:
+    for path in _modules():
+        if _held_out(path) != held_out:
+            continue
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):
+            continue
+        for node in ast.walk(tree):
+            if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                continue
+            said = (ast.get_docstring(node) or "").strip().split("\n\n")[0]
+            if said:
+                asked = f"What does {path.stem}.{node.name} do?"
+                yield {
+                    "messages": [
+                        {"role": "user", "content": asked},
+                        {"role": "assistant", "content": " ".join(said.split())},
+                    ]
+                }
+
+
+def _lines(rows: Callable[[], Iterator[dict[str, Any]]]) -> Callable[[Path], None]:
+    def make(path: Path) -> None:
+        with path.open("w", encoding="utf-8") as file:
+            for row in rows():
+                file.write(json.dumps(row) + "\n")
+
+    return make
+
+
+_FOLDERS = {"llama"}
+_MAKERS: dict[str, Callable[[Path], None]] = {
+    "llama": _llama,
+    "sources": _lines(lambda: _sources(False)),
+    "held-out": _lines(lambda: _sources(True)),
+    "questions": _lines(lambda: _questions(False)),
+    "held-out-questions": _lines(lambda: _questions(True)),
+}

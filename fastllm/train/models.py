@@ -1,0 +1,141 @@
+"""The tokenizer and the model of a run: loaded or drawn at random, rescaled, adapted, patched."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import fastllm
+from fastllm.errors import ConfigError
+from fastllm.train.config import ModelOptions
+
+
+def load_tokenizer(options: ModelOptions) -> Any:
+    """The tokenizer of a run; where it has no padding token, its end-of-sequence token pads.
+
+    Raises:
+        ConfigError: none at the place named.
+    """
+    name = options.tokenizer or options.model
+    if options.tokenizer is None and Path(name).suffix == ".json":
+        raise ConfigError(
+            f"{name} is a configuration without a tokenizer: give tokenizer, a folder or a name on the Hub"
+        )
+    _exists(name, "tokenizer" if options.tokenizer else "model")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # of many libraries
+        raise ConfigError(f"no tokenizer in {name}: {_first_line(error)}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def load_model(options: ModelOptions, tokenizer: Any, max_length: int) -> Any:
+    """The causal LM of a run, ready to train: in its dtype, with RoPE rescaled, adapters added and kernels patched in.
+
+    Raises:
+        ConfigError: no model at the place named, a tokenizer with more tokens than the model, or options that do not fit it.
+    """
+    config = _config(options)
+    if not hasattr(config, "vocab_size") and not hasattr(config.get_text_config(), "vocab_size"):
+        raise ConfigError(f"{options.model} is no language model")
+    vocabulary = config.get_text_config().vocab_size
+    if len(tokenizer) > vocabulary:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model {vocabulary}: they do not belong together"
+        )
+    dtype = getattr(torch, options.dtype)
+    try:
+        if options.from_scratch:
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        else:
+            model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+    except Exception as error:
+        hint = "" if options.from_scratch else "; from_scratch: true would begin with random weights"
+        raise ConfigError(f"cannot load {options.model}: {_first_line(error)}{hint}") from error
+    if options.rope:
+        extension = fastllm.extend_context(model, **_rope(options.rope))
+        _tell(str(extension))
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if known and max_length > known:
+        raise ConfigError(
+            f"max_length is {max_length}, and the model reads {known} tokens: lower it, or give rope with max_length: {max_length}"
+        )
+    if options.lora:
+        model = _with_adapters(model, options.lora)
+    if options.patch is not False:
+        ops = "auto" if options.patch is True else options.patch
+        try:
+            _tell(str(fastllm.patch(model, ops)))
+        except ValueError as error:
+            raise ConfigError(f"patch: {error}") from None
+    return model
+
+
+def export(model: Any, tokenizer: Any, folder: Path, kind: str) -> None:
+    """Writes a trained model so that plain transformers, or peft for an adapter alone, loads it.
+
+    kind: "adapter" or "merged" for a model with adapters; others are written whole either way.
+    """
+    if kind == "merged":
+        fastllm.unpatch(model)
+        model = model.merge_and_unload()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _config(options: ModelOptions) -> Any:
+    _exists(options.model, "model")
+    path = Path(options.model)
+    if path.is_file() and not options.from_scratch:
+        raise ConfigError(f"{path} is a configuration without weights: from_scratch: true begins with random ones")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ConfigError(f"the folder {path} has no config.json")
+    try:
+        return transformers.AutoConfig.from_pretrained(options.model)
+    except Exception as error:
+        raise ConfigError(f"no model configuration in {options.model}: {_first_line(error)}") from error
+
+
+def _exists(name: str, key: str) -> None:
+    """A path must be there; a name on the Hub has one slash and no leading dot."""
+    path = Path(name)
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or path.suffix == ".json"
+    if not path.exists() and looks_like_path:
+        raise ConfigError(f"{key}: there is no file or folder {name}")
+
+
+def _rope(rope: dict[str, Any]) -> dict[str, Any]:
+    return {"method": "yarn", **rope}
+
+
+def _with_adapters(model: Any, settings: dict[str, Any]) -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise ConfigError("lora needs peft: pip install peft") from None
+    try:
+        config = peft.LoraConfig(**{"task_type": "CAUSAL_LM", **settings})
+        adapted = peft.get_peft_model(model, config)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"lora: {_first_line(error)}") from error
+    trained, whole = adapted.get_nb_trainable_parameters()
+    _tell(f"LoRA: {trained:,} of {whole:,} parameters are trained")
+    return adapted
+
+
+def _tell(text: str) -> None:
+    """On the first process alone."""
+    import os
+
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,340 @@
+"""One training run from its configuration to its exported model."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+
+from fastllm import __version__
+from fastllm.errors import ConfigError
+from fastllm.train import checkpoint, models
+from fastllm.train.callback import ThroughputCallback, read_metrics
+from fastllm.train.config import Options
+from fastllm.train.data import Data, prepare
+from fastllm.train.encode import Encoder, use_template
+from fastllm.train.examples import resolve
+from fastllm.train.mixing import MixedCollator, MixedDataset
+from fastllm.train.packing import PackedDataset, PackingCollator, PaddingCollator, check_rows_stay_apart
+from fastllm.train.trainer import Trainer, perplexity
+
+_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "deepspeed", "triton")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to; `throughput` is ThroughputCallback's average."""
+
+    run: str
+    final: str
+    steps: int
+    train_loss: float
+    best_perplexity: float | None
+    throughput: dict[str, float]
+
+
+class Run:
+    """A run that is ready to go: all that can be wrong with the input has been found by then.
+
+    Nothing is written to `output_dir` before configuration, data and model are known to be good.
+
+    Raises:
+        ConfigError, DataError: what is wrong with the input. CheckpointError: nothing to resume from, or another model's.
+    """
+
+    def __init__(self, options: Options) -> None:
+        _quiet()
+        args, data_options = options.arguments, options.data
+        self.options = options
+        _resolve_examples(options)
+        transformers.set_seed(args.seed)
+        self.tokenizer = models.load_tokenizer(options.model)
+        use_template(self.tokenizer, data_options.chat_template)
+        self.resumed = _checkpoint_to_resume(options)
+        with args.main_process_first(local=True, desc="tokenising"):
+            sets = _read(options, self.tokenizer)
+        transformers.set_seed(args.seed)  # whatever came before, a model from scratch and its adapters are the same
+        model = models.load_model(options.model, self.tokenizer, data_options.max_length)
+        if self.resumed:
+            checkpoint.check_same_model(self.resumed, model)
+        sharded = any(hasattr(p, "ds_id") for p in model.parameters())  # ZeRO-3: nothing runs before training begins
+        if data_options.packing and not sharded:
+            check_rows_stay_apart(model)
+        collator: Any = PackingCollator() if data_options.packing else PaddingCollator(self.tokenizer.pad_token_id or 0)
+        training = _arranged(sets, options)
+        _check_batches(training, options)
+        self.folder = self.resumed.parent if self.resumed else _new_run(options)
+        args.output_dir = str(self.folder)
+        args.disable_tqdm = True  # ThroughputCallback has the progress bar
+        self.trainer = Trainer(
+            model=model,
+            args=args,
+            train_dataset=training,
+            eval_dataset=_packed(sets["eval_data"], options) if "eval_data" in sets else None,
+            data_collator=MixedCollator(collator) if isinstance(training, MixedDataset) else collator,
+            processing_class=self.tokenizer,
+            pretrain_share=data_options.pretrain_share or 0.5,
+        )
+        self.trainer.remove_callback(transformers.PrinterCallback)
+        if data_options.packing and sharded:
+            self.trainer.add_callback(_CheckPacking())
+        self.throughput = ThroughputCallback(progress=True).put_first(self.trainer)
+        if self.trainer.is_world_process_zero():
+            _describe(self.folder, options, sets, self.resumed)
+            print(f"run folder: {self.folder}", file=sys.stderr)
+
+    def go(self) -> Result:
+        """Trains and writes the model.
+
+        Raises:
+            CheckpointError: no room to save.
+        """
+        done = self.trainer.train(resume_from_checkpoint=str(self.resumed) if self.resumed else None)
+        final = _export(self.trainer, self.options, self.tokenizer, self.folder)
+        best = self.trainer.state.best_metric
+        return Result(
+            str(self.folder),
+            str(final),
+            done.global_step,
+            done.training_loss,
+            None if best is None else perplexity(best),
+            self.throughput.average,
+        )
+
+
+class _CheckPacking(transformers.TrainerCallback):
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        check_rows_stay_apart(model)
+
+
+# ---- data --------------------------------------------------------------------------------------------------------
+
+
+def _resolve_examples(options: Options) -> None:
+    """Puts paths in the place of names like ``example:questions``."""
+    cache = options.data.cache_dir
+    for part, keys in ((options.model, ("model", "tokenizer")), (options.data, ("data", "eval_data", "pretrain_data"))):
+        for key in keys:
+            value = getattr(part, key)
+            if isinstance(value, str):
+                setattr(part, key, resolve(value, cache))
+            elif isinstance(value, list):
+                setattr(part, key, [resolve(one, cache) for one in value])
+
+
+def _read(options: Options, tokenizer: Any) -> dict[str, Data]:
+    """The data sets of a run by their key in the configuration."""
+    data = options.data
+    encoder = Encoder(tokenizer, data.max_length, train_on_prompt=data.train_on_prompt)
+    main = "text" if data.stage == "pretrain" else "conversation"
+    asked = [
+        ("data", data.data, main),
+        ("eval_data", data.eval_data, main),
+        ("pretrain_data", data.pretrain_data, "text"),
+    ]
+    return {
+        key: prepare(sources, encoder, kind=kind, on_bad_row=data.on_bad_row, cache=data.cache_dir, key=key)
+        for key, sources, kind in asked
+        if sources
+    }
+
+
+def _packed(data: Data, options: Options) -> Any:
+    return (
+        PackedDataset(data.rows, options.data.max_length, seed=options.arguments.seed)
+        if options.data.packing
+        else data.rows
+    )
+
+
+def _arranged(sets: dict[str, Data], options: Options) -> Any:
+    if options.data.stage == "mixed":
+        return MixedDataset(_packed(sets["data"], options), _packed(sets["pretrain_data"], options))
+    return _packed(sets["data"], options)
+
+
+def _check_batches(training: Any, options: Options) -> None:
+    args = options.arguments
+    if options.data.stage == "mixed" and args.per_device_train_batch_size < 2:
+        raise ConfigError(
+            f"stage mixed needs per_device_train_batch_size of 2 or more, a text and a conversation, got "
+            f"{args.per_device_train_batch_size}"
+        )
+    if args.dataloader_drop_last and len(training) < args.per_device_train_batch_size * args.world_size:
+        raise ConfigError(
+            f"{len(training)} rows do not fill one batch of {args.per_device_train_batch_size} on each of {args.world_size} "
+            "processes, and dataloader_drop_last leaves out what does not"
+        )
+
+
+# ---- the run's folder --------------------------------------------------------------------------------------------
+
+
+def _run_prefix(options: Options) -> str:
+    name = Path(options.model.model.rstrip("/")).name.removesuffix(".json")
+    return f"{re.sub(r'[^A-Za-z0-9._-]', '_', name) or 'model'}-{options.data.stage}-"
+
+
+def _new_run(options: Options) -> Path:
+    """A folder that no other run has, the same for all processes of this one."""
+    args = options.arguments
+    folder = [""]
+    problem = [""]
+    if args.process_index == 0:
+        stem = f"{_run_prefix(options)}{socket.gethostname()}-{time.strftime('%Y%m%d-%H%M%S')}"
+        for n in range(1000):
+            path = Path(args.output_dir).expanduser() / (f"{stem}-{n}" if n else stem)
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:
+                continue
+            except OSError as error:
+                problem = [f"output_dir: cannot make {path}: {error.strerror}"]
+            folder = [str(path)]
+            break
+    if args.world_size > 1:
+        told = [folder[0], problem[0]]
+        torch.distributed.broadcast_object_list(told, src=0)
+        folder, problem = told[:1], told[1:]
+    if problem[0]:
+        raise ConfigError(problem[0])
+    return Path(folder[0])
+
+
+def _checkpoint_to_resume(options: Options) -> Path | None:
+    args = options.arguments
+    wanted = args.resume_from_checkpoint
+    if wanted is None:
+        return None
+    if wanted != "latest":
+        return checkpoint.find(wanted).resolve()
+    told: list[Any] = [None]
+    if args.process_index == 0:
+        runs = sorted(
+            Path(args.output_dir).expanduser().glob(f"{_run_prefix(options)}*"), key=lambda p: p.stat().st_mtime
+        )
+        found = [complete[-1] for run in runs if (complete := checkpoint.complete(run))]
+        told = [str(found[-1].resolve()) if found else None]
+    if args.world_size > 1:
+        torch.distributed.broadcast_object_list(told, src=0)
+    return Path(told[0]) if told[0] else None
+
+
+def _describe(run: Path, options: Options, sets: dict[str, Data], resumed: Path | None) -> None:
+    """config.yaml, with which the run can be started again, and run.json, which says what it ran with and on."""
+    checkpoint.clean(run)
+    given = {key: value for key, value in options.values.items() if key not in ("resume_from_checkpoint",)}
+    whole = {**given, **asdict(options.model), **asdict(options.data)}
+    args = options.arguments
+    course = {
+        "stage": options.data.stage,
+        "data": {key: data.fingerprint for key, data in sets.items()},
+        "packing": options.data.packing,
+        "pretrain_share": options.data.pretrain_share,
+        "batch": args.per_device_train_batch_size,
+        "accumulation": args.gradient_accumulation_steps,
+        "processes": args.world_size,
+        "seed": [args.seed, args.data_seed],
+        "optimizer": str(args.optim),
+        "learning_rate": args.learning_rate,
+        "schedule": str(args.lr_scheduler_type),
+    }
+    about = {
+        "fastllm": __version__,
+        "python": platform.python_version(),
+        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "git_commit": _git_commit(),
+        "command": sys.argv,
+        "host": socket.gethostname(),
+        "folder": os.getcwd(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "course": course,
+        "sources": {
+            key: {source: asdict(totals) for source, totals in data.report.sources.items()}
+            for key, data in sets.items()
+        },
+        "totals": {key: asdict(data.report.total) for key, data in sets.items()},
+        "arguments": args.to_sanitized_dict(),
+    }
+    if resumed:
+        _warn_of_changes(run, course, resumed)
+        about["resumed_from"] = str(resumed)
+        step = checkpoint.read_state(resumed)["global_step"]
+        if (metrics := run / "metrics.jsonl").is_file():
+            kept = [line for line in read_metrics(metrics) if line.get("step", 0) <= step]
+            checkpoint.write_whole(metrics, "".join(json.dumps(line) + "\n" for line in kept))
+    checkpoint.write_whole(run / "config.yaml", yaml.safe_dump(_plain(whole), sort_keys=False))
+    checkpoint.write_whole(run / "run.json", json.dumps(about, indent=2, default=str))
+
+
+def _warn_of_changes(run: Path, course: dict[str, Any], resumed: Path) -> None:
+    try:
+        before = json.loads((run / "run.json").read_text(encoding="utf-8"))["course"]
+    except (OSError, ValueError, KeyError):
+        before = {}
+    now = json.loads(json.dumps(course))
+    changed = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
+    if changed:
+        print(f"warning: {resumed.name} is resumed with other settings: {'; '.join(changed)}", file=sys.stderr)
+
+
+def _export(trainer: Trainer, options: Options, tokenizer: Any, run: Path) -> Path:
+    """The trained model, to be loaded with plain transformers, or peft for an adapter."""
+    kinds = {"adapter": ["adapter"], "merged": ["merged"], "both": ["adapter", "merged"]}[options.model.export]
+    final = run / "final"
+    if not options.model.lora or "adapter" in kinds:
+        with checkpoint.written_whole(final, writes=trainer.args.should_save, together=trainer._together) as aside:
+            trainer.save_model(str(aside), _internal_call=True)
+    if options.model.lora and "merged" in kinds:
+        final = run / ("final-merged" if "adapter" in kinds else "final")
+        with checkpoint.written_whole(final, writes=trainer.args.should_save, together=trainer._together) as aside:
+            if trainer.args.should_save:
+                models.export(trainer.accelerator.unwrap_model(trainer.model), tokenizer, aside, "merged")
+    return final
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Of the folder the run is started in; with "+" where files differ from it."""
+    try:
+        said = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said.stdout.strip() or None
+
+
+def _quiet() -> None:
+    """Libraries say what concerns their own users; the command says what concerns this one's."""
+    import logging
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")

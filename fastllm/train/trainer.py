@@ -1,0 +1,196 @@
+"""transformers.Trainer with checkpoints that are whole or absent, perplexity weighted by tokens, and two losses told apart."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers.trainer_callback import ExportableState
+
+from fastllm.errors import CheckpointError, ConfigError
+from fastllm.train import checkpoint
+from fastllm.train.mixing import KINDS, MixedDataset, MixedSampler
+
+
+class Trainer(transformers.Trainer):
+    """What `fastllm train` runs. `args.output_dir` is the run's own folder; its checkpoints lie in it.
+
+    Besides what transformers' does: a checkpoint is written aside and renamed when it is on disk; the last `save_total_limit`
+    are kept, and the best; `eval_loss` is the mean over tokens and comes with `eval_perplexity`; a batch of a MixedDataset
+    logs `loss_text` and `loss_conversation`.
+
+    Args:
+        pretrain_share: of texts in a batch of a MixedDataset.
+    """
+
+    def __init__(self, *args: Any, pretrain_share: float = 0.5, **kwargs: Any) -> None:
+        self.pretrain_share = pretrain_share
+        self._evaluated = [0.0, 0.0]  # sum of losses, tokens
+        self._apart: dict[str, list[tuple[Tensor, Tensor]]] = {kind: [] for kind in KINDS}
+        super().__init__(*args, **kwargs)
+        self.add_callback(_SaveTheBest())
+
+    # ---- losses --------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches or KINDS[0] not in batches[0]:
+            return batches, items
+        if not self.model_accepts_loss_kwargs:
+            raise ConfigError(f"stage mixed: the loss of {type(self.model).__name__} takes no num_items_in_batch")
+        counts = torch.stack([sum((b[kind]["labels"][..., 1:] != -100).sum() for b in batches) for kind in KINDS])
+        counts = counts.to(device)
+        if self.args.world_size > 1 and self.args.average_tokens_across_devices:
+            counts = self.accelerator.gather(counts[None]).sum(0)
+        self._items = dict(zip(KINDS, counts))
+        return batches, counts.sum()
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if KINDS[0] not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        total = None
+        for kind in KINDS:
+            loss = model(**inputs[kind], num_items_in_batch=num_items_in_batch).loss
+            self._apart[kind].append((loss.detach() * num_items_in_batch, self._items[kind]))
+            total = loss if total is None else total + loss
+        if self.args.average_tokens_across_devices:
+            total = total * self.accelerator.num_processes
+        return total
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self._losses_apart()
+            logs["perplexity"] = perplexity(logs["loss"])
+        super().log(logs, start_time)
+
+    def _losses_apart(self) -> dict[str, float]:
+        """The losses of texts and of conversations since the last log, each the mean over its own tokens."""
+        found = {}
+        steps = self.args.gradient_accumulation_steps
+        for kind, parts in self._apart.items():
+            if not parts:
+                continue
+            summed = torch.stack([loss for loss, _ in parts]).sum()
+            if self.args.world_size > 1:
+                summed = self.accelerator.gather(summed[None]).sum()
+            # Every micro batch knows the tokens of its whole step.
+            tokens = torch.stack([items for _, items in parts]).sum() / steps
+            found[f"loss_{kind}"] = (summed / tokens.clamp_min(1)).item()
+            parts.clear()
+        return found
+
+    # ---- data ----------------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        data = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(data, MixedDataset):
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return MixedSampler(
+            data, self._train_batch_size, self.pretrain_share, batches_at_once=self.args.world_size, seed=seed
+        )
+
+    # ---- evaluation ----------------------------------------------------------------------------------------------
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Any, Any, Any]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = model(**inputs, use_cache=False).loss.detach().float()
+        tokens = (inputs["labels"][..., 1:] != -100).sum()
+        if tokens:
+            self._evaluated[0] += loss.double() * tokens
+            self._evaluated[1] += tokens
+        return loss, None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._evaluated = [0.0, 0.0]
+        output = super().evaluation_loop(*args, **kwargs)
+        both = torch.tensor([float(v) for v in self._evaluated], dtype=torch.float64, device=self.args.device)
+        if self.args.world_size > 1:
+            both = self.accelerator.gather(both[None]).sum(0)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        loss = (both[0] / both[1].clamp_min(1)).item()
+        assert output.metrics is not None
+        output.metrics.update({f"{prefix}_loss": loss, f"{prefix}_perplexity": perplexity(loss)})
+        return output
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.store_flos()
+        run = Path(str(self.args.output_dir))
+        folder = run / f"{checkpoint.NAME}{self.state.global_step}"
+        self._check_space(run)
+        if self.state.best_global_step:
+            best = run / f"{checkpoint.NAME}{self.state.best_global_step}"
+            if best == folder or best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+        with checkpoint.written_whole(folder, writes=self.args.should_save, together=self._together) as aside:
+            self.save_model(str(aside), _internal_call=True)
+            if not self.args.save_only_model:
+                self._save_optimizer_and_scheduler(str(aside))
+                self._save_scaler(str(aside))
+                self._save_rng_state(str(aside))
+            if self.args.should_save:
+                for part in [*self.callback_handler.callbacks, self.control]:
+                    if isinstance(part, ExportableState):
+                        states = self.state.stateful_callbacks
+                        states[type(part).__name__] = part.state()  # type: ignore[index,call-overload]
+                self.state.save_to_json(str(aside / checkpoint.STATE))
+        if self.args.should_save:
+            kept = self.state.best_model_checkpoint
+            checkpoint.rotate(run, self.args.save_total_limit, Path(kept) if kept else None)
+
+    @property
+    def _together(self) -> Any:
+        return self.accelerator.wait_for_everyone if self.args.world_size > 1 else None
+
+    def _check_space(self, run: Path) -> None:
+        """On the process that writes; all processes stop where it finds no room."""
+        problem = ""
+        if self.args.should_save:
+            earlier = checkpoint.complete(run)
+            try:
+                checkpoint.check_space(run, checkpoint.size_on_disk(earlier[-1]) if earlier else self._bytes_to_save())
+            except CheckpointError as error:
+                problem = str(error)
+        if self.args.world_size > 1:
+            told = [problem]
+            torch.distributed.broadcast_object_list(told, src=0)
+            problem = told[0] or problem
+        if problem:
+            raise CheckpointError(problem)
+
+    def _bytes_to_save(self) -> int:
+        """Weights, and what AdamW keeps of those that are trained: two moments and, under DeepSpeed, the weights in float32."""
+        assert self.model is not None
+        sizes = [(getattr(p, "ds_numel", p.numel()), p) for p in self.model.parameters()]
+        adapters = hasattr(self.model, "peft_config")
+        weights = sum(n * p.element_size() for n, p in sizes if p.requires_grad or not adapters)
+        if self.args.save_only_model:
+            return weights
+        trained = sum(n for n, p in sizes if p.requires_grad)
+        state = [v for s in getattr(self.optimizer, "state", {}).values() for v in s.values() if isinstance(v, Tensor)]
+        return weights + (sum(v.nbytes for v in state) if state else trained * (12 if self.is_deepspeed_enabled else 8))
+
+
+class _SaveTheBest(transformers.TrainerCallback):
+    """A new best perplexity is worth a checkpoint at once."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
+        loss = (metrics or {}).get("eval_loss", math.inf)
+        if args.save_strategy != "no" and loss < (math.inf if state.best_metric is None else state.best_metric):
+            control.should_save = True
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else sys.float_info.max

@@ -1,0 +1,156 @@
+"""Checkpoints are whole or not there: after a kill at any moment, after a full disk, after a failed write."""
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+pytest.importorskip("transformers")
+
+from fastllm import CheckpointError, cli
+from fastllm.train import checkpoint, trainer
+
+
+@pytest.fixture
+def settings(folder, chats, tmp_path):
+    return {
+        "stage": "sft", "model": str(folder), "data": str(chats), "output_dir": str(tmp_path / "runs"), "max_length": 128,
+        "max_steps": 100000, "per_device_train_batch_size": 2, "save_steps": 1, "patch": False,
+    }  # fmt: skip
+
+
+def test_the_newest_checkpoint_loads_after_every_kill(settings, tmp_path):
+    """Twenty kills at random moments, in and out of saves; each time training goes on from where it was."""
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    worker = Path(__file__).parent / "killed_worker.py"
+    done = subprocess.run(
+        [sys.executable, str(worker), str(path), "20", "0"], capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(reports) == 20
+    assert not [problem for report in reports for problem in report["torn"]]
+    steps = [report["newest"] for report in reports]
+    assert steps == sorted(set(steps))
+    assert any(report["aside"] for report in reports), "no kill fell into a save, so nothing was shown"
+
+
+# ---- folders -----------------------------------------------------------------------------------------------------
+
+
+def fill(folder, step):
+    folder.mkdir(parents=True)
+    (folder / checkpoint.STATE).write_text(json.dumps({"global_step": step}))
+
+
+def write_and_fail(folder, error):
+    with checkpoint.written_whole(folder, writes=True) as aside:
+        (aside / "part").write_text("y")
+        raise error
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "checkpoint-1"
+    with checkpoint.written_whole(target, writes=True) as aside:
+        (aside / "part").write_text("x")
+        assert not target.exists()
+    assert (target / "part").read_text() == "x"
+    for error, raised in (
+        (OSError(errno.ENOSPC, "No space left on device"), CheckpointError),
+        (ValueError("x"), ValueError),
+    ):
+        with pytest.raises(raised):
+            write_and_fail(tmp_path / "checkpoint-2", error)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+    with checkpoint.written_whole(target, writes=True) as aside:
+        (aside / "part").write_text("new")
+    assert (target / "part").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_find_takes_a_run_or_a_checkpoint_and_passes_over_torn_ones(tmp_path):
+    for step in (2, 10, 9):
+        fill(tmp_path / f"checkpoint-{step}", step)
+    (tmp_path / "checkpoint-11").mkdir()
+    fill(tmp_path / ".saving-checkpoint-12", 12)
+    assert checkpoint.find(tmp_path).name == "checkpoint-10"
+    assert checkpoint.find(tmp_path / "checkpoint-2").name == "checkpoint-2"
+    checkpoint.clean(tmp_path)
+    assert not (tmp_path / ".saving-checkpoint-12").exists()
+    for wrong, message in (
+        (tmp_path / "no", "no checkpoint or run"),
+        (tmp_path / "checkpoint-11", "no complete checkpoint"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.find(wrong)
+
+
+def test_rotation_keeps_the_last_ones_and_the_best(tmp_path):
+    for step in range(1, 7):
+        fill(tmp_path / f"checkpoint-{step}", step)
+    checkpoint.rotate(tmp_path, 2, tmp_path / "checkpoint-2")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-5", "checkpoint-6"]
+    checkpoint.rotate(tmp_path, None, None)
+    assert len(checkpoint.complete(tmp_path)) == 3
+
+
+def test_space_is_checked_before_a_save(tmp_path, monkeypatch, capsys):
+    usage = SimpleNamespace(total=1000, used=400, free=600)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
+    checkpoint.check_space(tmp_path, 100)
+    assert capsys.readouterr().err == ""
+    checkpoint.check_space(tmp_path, 500)
+    assert "90% full" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="training stops; the checkpoints before it are intact"):
+        checkpoint.check_space(tmp_path, 590)
+
+
+@pytest.mark.parametrize("when", ["counted before", "met while writing"])
+def test_a_full_disk_stops_training_and_leaves_the_earlier_checkpoints(settings, tmp_path, monkeypatch, capsys, when):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**settings, "max_steps": 6, "save_steps": 2}))
+    with monkeypatch.context() as disk:
+        fill_up(disk, when, tmp_path)
+        code = cli.main(["train", str(path)])
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert code == 1
+    assert err.startswith("fastllm train: error: ")
+    assert "intact" in err
+    run = next((tmp_path / "runs").iterdir())
+    assert [p.name for p in checkpoint.complete(run)] == ["checkpoint-2", "checkpoint-4"]
+    assert not list(run.glob(".saving*"))
+    assert cli.main(["train", str(path), f"resume_from_checkpoint={run}"]) == 0
+    assert checkpoint.complete(run)[-1].name == "checkpoint-6"
+
+
+def fill_up(monkeypatch, when, tmp_path):
+    """The third save finds no room: by counting before it begins, or in its middle."""
+    if when == "counted before":
+        usage = checkpoint.shutil.disk_usage
+
+        def full(folder):
+            real = usage(folder)
+            return SimpleNamespace(
+                total=real.total, used=real.used, free=real.free if not _saved(tmp_path, 4) else 1000
+            )
+
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", full)
+    else:
+        rng = trainer.Trainer._save_rng_state
+
+        def fails(self, folder):
+            if self.state.global_step == 6:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            rng(self, folder)
+
+        monkeypatch.setattr(trainer.Trainer, "_save_rng_state", fails)
+
+
+def _saved(tmp_path, step):
+    return any((tmp_path / "runs").glob(f"*/checkpoint-{step}"))
