@@ -90,6 +90,11 @@ def extend_context(model: nn.Module, max_length: int, method: str = "yarn", **pa
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    with torch.inference_mode(False):  # frequencies made under it could not be trained with
+        return _extended(model, max_length, method, params)
+
+
+def _extended(model: nn.Module, max_length: int, method: str, params: dict[str, Any]) -> Extension:
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
         raise ConfigError(f"max_length must be a number of tokens, at least 1, got {max_length!r}")
     if method not in METHODS:
@@ -114,11 +119,11 @@ def extend_context(model: nn.Module, max_length: int, method: str = "yarn", **pa
     if plan.bound is not None and max_length > plan.bound:
         warnings.warn(
             f"{max_length} tokens lie beyond the {plan.bound:,.0f} that the scaling laws predict for this base",
-            stacklevel=2,
+            stacklevel=3,
         )
     return Extension(
         method, plan.original, length_before, max_length, plan.factor, {k: parameters_before[k] for k in plan.after}, plan.after,
-        plan.bound, method in ("linear", "abf"), modules,
+        plan.bound, method == "linear", modules,
     )  # fmt: skip
 
 
@@ -400,13 +405,18 @@ def _logits(
     if positions is None:
         positions = torch.tensor([[0, original // 2, original, original + 1]], device=parameter.device)
     training = {m: m.training for m in model.modules()}
-    model.eval()
+    for module in training:  # not by eval(), which some modules do more at
+        module.training = False
+    decoder = {"decoder_input_ids": tokens} if getattr(model.config, "is_encoder_decoder", False) else {}
     try:
-        out = model(input_ids=tokens, position_ids=positions, use_cache=False)
+        out = model(input_ids=tokens, position_ids=positions, use_cache=False, **decoder)
     except TypeError as error:
         if "unexpected keyword" not in str(error):
             raise
         return None, positions
+    except (ValueError, RuntimeError, AttributeError) as error:
+        said = " ".join(str(error).split())
+        raise ConfigError(f"{type(model).__name__} cannot be tried: {type(error).__name__}: {said}") from error
     finally:
         for module, was in training.items():
             module.training = was

@@ -44,7 +44,7 @@ class Frequencies:
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
         self.known: dict[tuple[str, int], Tensor] = {}
-        self.layout = angles.layout_of(module)
+        self.table = angles.found_table(module)
 
     @torch.no_grad()
     def __call__(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -55,8 +55,8 @@ class Frequencies:
             level = self.level(int(position_ids.max()) + 1)
             name = "inv_freq" if kind is None else f"{kind}_inv_freq"
             module._buffers[name] = self.frequencies(rope_type, kind, level).to(x.device)
-        if self.layout:
-            return angles.Table(module, self.layout)(x, position_ids, *args, **kwargs)
+        if self.table is not None:
+            return self.table(x, position_ids, *args, **kwargs)
         return inspect.unwrap(type(module).forward)(module, x, position_ids, *args, **kwargs)
 
     def level(self, tokens: int) -> int:

@@ -3,8 +3,8 @@
 The forward of such an instance becomes a copy of its class's forward whose globals hold ours under that name; class and
 module globals stay as they are. A family's function is probed: half-split or interleaved, whole or partial.
 
-Where every reader of a rotary module's cosines and sines is such a function of ours, the module hands on its angles instead, and
-the kernel computes what it needs of them, right at any position. Else its table is computed from exact angles.
+The rotary module then hands on its angles instead of a table, and the kernel computes what it needs of them, right at any
+position. To whoever else reads them they are the table, from exact angles.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from fastllm import ops
 from fastllm.patching import probing
-from fastllm.patching.replacement import Replacement, occupied, slot_of
+from fastllm.patching.deferred import materialized
+from fastllm.patching.replacement import occupied, replaced_by, slot_of
 from fastllm.patching.report import Skipped
-from fastllm.patching.rules import Found, has_hooks
+from fastllm.patching.rules import Found
 from fastllm.rope import angles
 
 OP = "rope"
@@ -47,20 +48,21 @@ def find(model: nn.Module) -> Iterator[Found | Skipped]:
         else:
             layouts = {n: layout for n, layout in layouts.items() if layout}
             yield Found(path, module, slot, {"layouts": layouts}, (plain, tuple(layouts.items())))
-    # The functions above have been replaced by now.
-    yield from _rotary_modules(model)
+    if any(
+        "rope" in replaced_by(module) for module in model.modules()
+    ):  # the functions above have been replaced by now
+        yield from _rotary_modules(model)
 
 
 def bind(module: nn.Module, settings: dict[str, Any]) -> Callable[..., Any]:
     if "table" in settings:
-        table = angles.Table(module, settings["table"])
-        return functools.partial(_hand_on, module, table) if settings["carried"] else table
+        return functools.partial(_hand_on, angles.Table(module, *settings["table"]))
     return types.MethodType(_rebound(type(module).forward, tuple(sorted(settings["layouts"].items()))), module)
 
 
 def verify(found: Found, dtype: torch.dtype) -> str:
     if "table" in found.settings:
-        return ""  # its layout was found by comparing it, and that its angles are understood by a trial
+        return ""  # it was found by comparing it
     device = probing.device_of(found.module)
     q, k = (probing.random((2, heads, 7, 16), dtype, device, seed=heads) for heads in (4, 2))
     scope = type(found.module).forward.__globals__
@@ -133,15 +135,17 @@ def _rotation(original: Callable[..., Any], layout: str) -> Callable[..., Any]:
     signature = inspect.signature(original)
     default = signature.parameters["unsqueeze_dim"].default if "unsqueeze_dim" in signature.parameters else 1
     place = list(signature.parameters).index("unsqueeze_dim") if "unsqueeze_dim" in signature.parameters else -1
+    keeps = _keeps_dtype(original)
 
     def rotate(q: Tensor, k: Tensor, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
         heads_at = kwargs.get("unsqueeze_dim", args[place - 4] if 0 <= place - 4 < len(args) else default)
         if isinstance(cos, angles.Angles):
             rotary = 2 * cos.inv_freq.shape[0]
             fits = q.dim() == 4 and k.dim() == 4 and q.shape[-1] == k.shape[-1] >= rotary and q.dtype == k.dtype
-            if fits and heads_at in (1, 2):
-                return _by_angles(q, k, cos, layout != "half", heads_at)
-            cos, sin = cos.table("pairs" if layout == "pairs" else "half", q.dtype)
+            if fits and heads_at in (1, 2) and cos.layout == ("pairs" if layout == "pairs" else "half"):
+                wide = q.dtype if keeps else torch.promote_types(q.dtype, cos.of_table)
+                return _by_angles(q, k, cos, layout != "half", heads_at, wide)
+        cos, sin = materialized((cos, sin))
         fits = q.dim() == 4 and k.dim() == 4 and cos.dim() == 3 and sin.dim() == 3 and heads_at in (1, 2)
         if not fits or q.dtype != k.dtype or q.shape[-1] != k.shape[-1] or cos.shape[-1] > q.shape[-1]:
             return original(q, k, cos, sin, *args, **kwargs)
@@ -149,7 +153,7 @@ def _rotation(original: Callable[..., Any], layout: str) -> Callable[..., Any]:
             half = cos.shape[-1] // 2
             cos, sin = (t[..., :half].repeat_interleave(2, dim=-1) for t in (cos, sin))
         interleaved = layout != "half"
-        wide = torch.promote_types(q.dtype, cos.dtype)  # the original's product would have this dtype
+        wide = q.dtype if keeps else torch.promote_types(q.dtype, cos.dtype)  # as the original's result
         if heads_at == 1:
             q, k = ops.apply_rope(q, k, cos, sin, interleaved=interleaved)
         else:
@@ -160,13 +164,25 @@ def _rotation(original: Callable[..., Any], layout: str) -> Callable[..., Any]:
     return rotate
 
 
-def _by_angles(q: Tensor, k: Tensor, of: angles.Angles, interleaved: bool, heads_at: int) -> tuple[Tensor, Tensor]:
+def _keeps_dtype(original: Callable[..., Any]) -> bool:
+    """Whether the result has the dtype of q beside a table in fp32, and not that of their product."""
+    q, table = torch.zeros(1, 2, 3, 16, dtype=torch.bfloat16), torch.zeros(1, 3, 16)
+    try:
+        with torch.no_grad():
+            return bool(original(q, q, table, table)[0].dtype == q.dtype)
+    except Exception:  # as in _fails
+        return False
+
+
+def _by_angles(
+    q: Tensor, k: Tensor, of: angles.Angles, interleaved: bool, heads_at: int, wide: torch.dtype
+) -> tuple[Tensor, Tensor]:
     if of.positions.device != q.device:
-        of = of.to(q.device)
+        of = of.on(q.device)
     if heads_at == 2:
         q, k = q.transpose(1, 2), k.transpose(1, 2)
     q, k = ops.rope(q, k, of.positions, of.inv_freq, attention_factor=of.factor, interleaved=interleaved)
-    return (q, k) if heads_at == 1 else (q.transpose(1, 2), k.transpose(1, 2))
+    return (q.to(wide), k.to(wide)) if heads_at == 1 else (q.transpose(1, 2).to(wide), k.transpose(1, 2).to(wide))
 
 
 # ---- where the angles come from ----------------------------------------------------------------------------------------
@@ -176,51 +192,19 @@ def _rotary_modules(model: nn.Module) -> Iterator[Found]:
     for path, module in model.named_modules():
         if not any(name.endswith("inv_freq") for name in module._buffers):
             continue
-        there = module.__dict__.get("forward")
-        free = there is None or isinstance(there, (Replacement, angles.Table))
-        table = angles.table_of(module) if free and "_hf_hook" not in module.__dict__ else None
-        if table is None:
+        slot = slot_of(module)
+        there = module.__dict__.get(slot)
+        if occupied(module, slot) and not isinstance(there, angles.Table):
             continue
-        owner = model.get_submodule(path.rpartition(".")[0])
-        carried = not isinstance(there, Replacement) and _understood(owner, module, table)
-        yield Found(path, module, "forward", {"table": table.layout, "carried": carried}, path, auxiliary=True)
+        table = angles.table_of(module)
+        if table is not None:
+            yield Found(path, module, slot, {"table": (table.layout, table.own)}, path, auxiliary=True)
 
 
-def _hand_on(module: nn.Module, table: angles.Table, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-    found = angles.of(module, x, position_ids, *args, **kwargs)
-    return table(x, position_ids, *args, **kwargs) if found is None else (found, found)
-
-
-def _understood(owner: nn.Module, rotary: nn.Module, table: angles.Table) -> bool:
-    """Whether all that reads the table of a rotary module takes its angles as well: tried with two tokens. Anything but our
-    own functions stumbles over them."""
-    parameters = list(owner.parameters())
-    if not parameters or any(p.device.type == "meta" or hasattr(p, "ds_id") for p in parameters):
-        return False
-    if any(has_hooks(m) or "_hf_hook" in m.__dict__ for m in owner.modules()):
-        return False
-    ids = torch.arange(2, device=parameters[0].device).unsqueeze(0)
-    there, training = rotary.__dict__.get("forward"), {m: m.training for m in owner.modules()}
-    found = []
-    devices = {p.device for p in parameters if p.device.type == "cuda"}
-    try:
-        owner.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
-            for forward in (table, functools.partial(_hand_on, rotary, table)):
-                rotary.__dict__["forward"] = forward
-                found.append(owner(input_ids=ids, use_cache=False)[0].float())
-    except Exception:  # whatever a family raises that meets an angle where it wants a number, or takes no tokens
-        return False
-    finally:
-        if there is None:
-            rotary.__dict__.pop("forward", None)
-        else:
-            rotary.__dict__["forward"] = there
-        for module, was in training.items():
-            module.training = was
-    one, other = found
-    tolerance = 1e-3 if parameters[0].dtype == torch.float32 else 5e-2
-    return one.shape == other.shape and bool((one - other).abs().max() <= tolerance * one.abs().max().clamp(min=1))
+def _hand_on(table: angles.Table, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Angles in place of the table, where positions are whole numbers."""
+    found = None if position_ids.is_floating_point() else table.angles(x, position_ids, *args, **kwargs)
+    return table(x, position_ids, *args, **kwargs) if found is None else found
 
 
 @functools.cache
