@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from fastllm.errors import ConfigError
 from fastllm.streaming import budget, rotation
 from fastllm.streaming.model import examine
 from fastllm.streaming.ring import Reach, RingLayer, Stream
-from fastllm.streaming.step import Angles, Step
+from fastllm.streaming.step import Angles, Piece, Step
 
 _SLICED = ("input_ids", "inputs_embeds", "token_type_ids", "mm_token_type_ids")
 _TAKE_MASKS = ("eager", "sdpa", "fastllm")
@@ -63,6 +65,7 @@ class StreamingCache(Cache):
         self._scaling = copy.deepcopy(_scaling_of(found.owner))
         self._pieces: list[Any] = []
         self._tree: tuple[Tensor, Tensor] | None = None
+        self._tried: Step | None = None
         layers = zip(found.reaches, found.rotations.first, found.sliding)
         self.rings = [
             RingLayer(self.stream, reach, found.rotations.layers[first], slides) for reach, first, slides in layers
@@ -122,7 +125,7 @@ class StreamingCache(Cache):
 
     def reset(self) -> None:
         self.stream.counts, self.stream.columns, self.stream.step = None, 0, None
-        self._tree = None
+        self._tree = self._tried = None
         for layer in self.rings:
             layer.pending = None
             layer.reset()
@@ -178,6 +181,32 @@ class StreamingCache(Cache):
             "without assistant_model and prompt_lookup_num_tokens, or with transformers.DynamicCache()"
         )
 
+    # ---- trees of candidates -----------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def trying(self, mask: Tensor, depths: Tensor) -> Iterator[None]:
+        """Inside, one forward pass over a tree (``tree_mask``) that leaves the cache as it is, until ``accept``."""
+        self._tree = (depths, mask)
+        try:
+            yield
+        finally:
+            self._tree = None
+
+    def accept(self, path: list[int]) -> None:
+        """Takes these nodes of the tree just tried, root first, into the cache."""
+        step, self._tried = self._tried, None
+        if step is None:
+            raise ConfigError("no tree has been tried on this StreamingCache")
+        for layer in self.rings:
+            place, pending, layer.pending = step.places[layer.reach], layer.pending, None
+            assert isinstance(place, Piece)
+            assert pending is not None
+            place.keep(path)
+            place.remember(layer, *pending)
+            place.write(layer, *pending)
+        self.stream.counts = [n + len(path) for n in step.counts]
+        self.stream.columns += len(path)
+
     # ---- one forward pass --------------------------------------------------------------------------------------------
 
     def _begin(self, module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -201,6 +230,8 @@ class StreamingCache(Cache):
             raise ConfigError("a forward pass on this StreamingCache was interrupted: reset() it")
         stream.step = None
         self._check_scaling(module)
+        if self._tree is not None and (batch != 1 or length != len(self._tree[0])):
+            raise ConfigError(f"a tree of {len(self._tree[0])} nodes was given ids of shape {(batch, length)}")
         if length == 0:
             raise ConfigError("a forward pass on a StreamingCache needs at least one token")
         real = self._real(kwargs.get("attention_mask"), batch, length)
@@ -249,14 +280,11 @@ class StreamingCache(Cache):
             raise ConfigError(
                 f"attention {implementation!r} takes no mask for this batch: give the model attn_implementation='sdpa'"
             )
-        masks = {reach: place.whole_mask() for reach, place in step.places.items()}
-        if implementation == "eager":
-            parameter = next(module.parameters())
-            low = torch.finfo(parameter.dtype).min
-            zero = torch.zeros((), dtype=parameter.dtype, device=step.device)
-            masks = {reach: torch.where(mask, zero, low) for reach, mask in masks.items()}
         batch = len(step.new)
-        masks = {reach: mask.expand(batch, -1, -1, -1) for reach, mask in masks.items()}
+        masks = {
+            reach: as_given(module, place.whole_mask()).expand(batch, -1, -1, -1)
+            for reach, place in step.places.items()
+        }
         if len(masks) == 1:
             kwargs["attention_mask"] = next(iter(masks.values()))
         else:
@@ -367,6 +395,14 @@ def _table(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
 
 
 # ---- small things -----------------------------------------------------------------------------------------------------
+
+
+def as_given(module: nn.Module, mask: Tensor) -> Tensor:
+    """A bool mask of 4 dimensions as the model's attention takes it: as it is, or by eager attention, to be added."""
+    if _implementation(module) != "eager":
+        return mask
+    dtype = next(module.parameters()).dtype
+    return torch.zeros((), dtype=dtype, device=mask.device).where(mask, torch.finfo(dtype).min)
 
 
 def _class(module: nn.Module) -> Any:

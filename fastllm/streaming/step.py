@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastllm.errors import ConfigError
 from fastllm.streaming.ring import Reach, RingLayer, Stream
 from fastllm.streaming.rotation import Keys, Table
 
@@ -68,7 +69,7 @@ class Step:
         new: real new tokens of each row; length: new columns, padding counted.
         real: (B, length) bool, which of them are no padding; None: all.
         reaches: of the layers.
-        shape: None, or the place of each new token in a tree: (depths (length,), ancestors (length, length) bool).
+        tree: None, or of a tree of candidates in one row: (depths (length,), who sees whom (length, length) bool).
     """
 
     def __init__(
@@ -236,6 +237,8 @@ class Piece(Place):
         place = step.positions  # (B or 1, length)
         last = max(step.counts) + (length if step.tree is None else int(step.tree[0].max()) + 1)
         self.copies = sinks > 0 and last > reach.size
+        if self.copies and step.tree is not None and step.start < sinks:
+            raise ConfigError(f"a tree as deep as {last - step.start} does not fit into a window of {reach.window}")
         self.held = min(max(step.counts), reach.size)
         # The token in each slot, (B or 1, held); -1: none
         slot = torch.arange(self.held, device=device)
@@ -269,6 +272,7 @@ class Piece(Place):
         batch = max(p.shape[0] for p in parts)
         self.mask = torch.cat([p.expand(batch, -1, -1) for p in parts], -1).unsqueeze(1)
         self.seen = self.mask.shape[-1]
+        self.masters: list[tuple[int, int, int]] = []  # row, column and number of the sinks among the new tokens
         if step.tree is None:
             self.keep(None)
 
@@ -276,7 +280,7 @@ class Piece(Place):
         """Finds what of the new tokens goes where: all of them in their order, or of a tree, one path."""
         step, sinks, window = self.step, self.reach.sinks, self.reach.window
         rows, columns, slots = [], [], []
-        masters: list[tuple[int, int, int]] = []
+        masters = []
         batch = 1 if step.uniform else len(step.counts)
         kept = None if step.real is None else step.real.tolist()
         for b in range(batch):
@@ -297,14 +301,12 @@ class Piece(Place):
     def store(self, layer: RingLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         assert layer.keys is not None
         assert layer.values is not None
-        step, sinks = self.step, self.reach.sinks
+        step = self.step
         parts = [[layer.keys[:, :, : self.held], keys], [layer.values[:, :, : self.held], values]]
         if step.tree is None:
             self.remember(layer, keys, values)
         else:
             layer.pending = (keys, values)
-            if any(n < sinks for n in step.counts):
-                raise NotImplementedError
         if self.copies:
             cos, sin = (t.flatten(1, 2).unsqueeze(1) for t in step.turned(layer.rotation, self.reach))
             assert layer.masters is not None
