@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from fastllm.errors import ConfigError
+from fastllm.rope.angles import Angles
 from fastllm.streaming import budget, rotation
 from fastllm.streaming.model import examine
 from fastllm.streaming.ring import Reach, RingLayer, Stream
-from fastllm.streaming.step import Angles, Piece, Step
+from fastllm.streaming.step import Frequencies, Piece, Step
 
 _SLICED = ("input_ids", "inputs_embeds", "token_type_ids", "mm_token_type_ids")
 _TAKE_MASKS = ("eager", "sdpa", "fastllm")
@@ -53,6 +54,7 @@ class StreamingCache(Cache):
             model, a crop to what has been evicted, assisted decoding, memory that is not there.
     """
 
+    step_of = Step  # what a forward pass does; another one shows what goes wrong without
     own_frequencies = True  # for rope.lengthwise: this cache never needs to be filled again
 
     def __init__(self, model: nn.Module, sinks: int = 4, window: int = 1020, *, offloading: bool = False) -> None:
@@ -60,7 +62,7 @@ class StreamingCache(Cache):
         self.stream = Stream()
         self.reach = Reach(sinks, window)
         self.rotations = found.rotations
-        self.angles = Angles(found.rotations.tables, self.reach.size)
+        self.angles = Frequencies(found.rotations.tables, self.reach.size)
         self._owner = weakref.ref(found.owner)
         self._scaling = copy.deepcopy(_scaling_of(found.owner))
         self._pieces: list[Any] = []
@@ -256,7 +258,7 @@ class StreamingCache(Cache):
         new = [length - at] * batch if real is None else real.sum(1).tolist()
         if real is not None and all(n == length - at for n in new):
             real = None
-        stream.step = step = Step(
+        stream.step = step = self.step_of(
             self.stream, self.angles, length - at, real, new, self.reaches, ids.device, self._tree
         )
         return self._told(module, kwargs, step)
@@ -390,8 +392,13 @@ def _table(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
     if cache is None or cache.stream.step is None:
         return None
     kind = args[2] if len(args) > 2 else kwargs.get("layer_type")
-    cache.stream.step.given = True
-    return cache.angles.columns(cache.rotations.number(module, kind), cache.stream.step.tokens, output[0])
+    step, number = cache.stream.step, cache.rotations.number(module, kind)
+    step.given = True
+    if isinstance(output[0], Angles):  # a patched model's, whose kernel takes cosines of what it is given, unrounded
+        step.rounded = False
+        angles = Angles(step.tokens, output[0].inv_freq, cache.angles.factor(number))
+        return angles, angles
+    return cache.angles.columns(number, step.tokens, output[0])
 
 
 # ---- small things -----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from fastllm.streaming.ring import Reach, RingLayer, Stream
 from fastllm.streaming.rotation import Keys, Table
 
 
-class Angles:
+class Frequencies:
     """Frequencies of a model's tables, and cosines and sines of any position, from angles in fp64."""
 
     def __init__(self, tables: list[Table], length: int) -> None:
@@ -75,7 +75,7 @@ class Step:
     def __init__(
         self,
         stream: Stream,
-        angles: Angles,
+        angles: Frequencies,
         length: int,
         real: Tensor | None,
         new: list[int],
@@ -88,6 +88,7 @@ class Step:
         self.new, self.real = new, real
         self.uniform = real is None and len(set(self.counts)) == 1
         self.given = False  # whether the model has rotated by our tables
+        self.rounded = True  # whether these were in its dtype
         self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
         steps = torch.arange(length, device=device) if tree is None else tree[0].to(device)
         if self.uniform:
@@ -116,14 +117,16 @@ class Step:
         return (self.positions + 1 - reach.size).clamp(min=0)
 
     def arriving(self, keys: Keys) -> tuple[Tensor, Tensor]:
-        """(B or 1, length, D) cosines and sines by which the new keys were rotated, rounded as they were."""
+        """(B or 1, length, D) cosines and sines by which the new keys were rotated, as they were rounded."""
         key = ("arriving", id(keys))
         if key not in self._tables:
             cos, sin = self.angles.dimensions(keys, self.tokens)
             if keys.table is not None and (factor := self.angles.factor(keys.table)) != 1.0:
                 still = keys.sign == 0
                 cos, sin = torch.where(still, cos, cos * factor), sin * factor
-            self._tables[key] = cos.to(keys.dtype).float(), sin.to(keys.dtype).float()
+            if self.rounded:
+                cos, sin = cos.to(keys.dtype).float(), sin.to(keys.dtype).float()
+            self._tables[key] = cos, sin
         return self._tables[key]
 
     def turned(self, keys: Keys, reach: Reach) -> tuple[Tensor, Tensor]:
