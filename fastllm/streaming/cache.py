@@ -365,8 +365,8 @@ def _install(owner: nn.Module, rotary: list[nn.Module]) -> None:
 def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     kwargs = {**dict(zip(_parameters(_class(module)), args)), **kwargs}
     cache = kwargs.get("past_key_values")
+    _forget(module)
     if not isinstance(cache, StreamingCache):
-        _ACTIVE.clear()
         return None
     kwargs = cache._begin(module, kwargs)
     for table in cache.rotations.tables:
@@ -378,8 +378,15 @@ def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, StreamingCache):
         return None
-    _ACTIVE.clear()
+    _forget(module)
     return cache._end(output)
+
+
+def _forget(owner: nn.Module) -> None:
+    """A forward pass that failed may have left its cache behind."""
+    if _ACTIVE:
+        for rotary in [m for m, cache in list(_ACTIVE.items()) if cache._owner() is owner]:
+            _ACTIVE.pop(rotary, None)
 
 
 def _at_zero(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

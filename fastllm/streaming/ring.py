@@ -72,6 +72,14 @@ class RingLayer(CacheLayerMixin):
             )
         if not step.given and self.rotation.table is not None:
             raise ConfigError("the keys given to this StreamingCache were not rotated by its tables")
+        if key_states.device != self.rotation.device:
+            raise ConfigError(
+                f"the model was on {self.rotation.device} when this StreamingCache was made: make a new one"
+            )
+        if self.is_initialized and key_states.dtype != self.dtype:
+            if self.stream.counts is not None:
+                raise ConfigError(f"this StreamingCache holds keys in {self.dtype} and was given {key_states.dtype}")
+            self.drop()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         return step.places[self.reach].store(self, key_states.detach(), value_states.detach())

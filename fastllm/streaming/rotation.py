@@ -92,7 +92,8 @@ class Rotations(_Shared):
         return next(n for n, table in enumerate(self.tables) if table.module is module and table.kind == kind)
 
 
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, Rotations] = weakref.WeakKeyDictionary()
+# With the devices and dtypes of the parameters at the time.
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Rotations]] = weakref.WeakKeyDictionary()
 
 
 def of(owner: nn.Module, rotary: list[nn.Module], layers: int) -> Rotations:
@@ -101,10 +102,11 @@ def of(owner: nn.Module, rotary: list[nn.Module], layers: int) -> Rotations:
     Raises:
         ConfigError: keys that are not a rotation by the tables of these modules, or a model that cannot be asked.
     """
+    now = {(p.device, p.dtype) for p in owner.parameters()}
     known = _KNOWN.get(owner)
-    if known is None or any(keys.device != p.device for keys, p in zip(known.layers, owner.parameters())):
-        known = _KNOWN[owner] = _found(owner, rotary, layers)
-    return known
+    if known is None or known[0] != now:
+        known = _KNOWN[owner] = now, _found(owner, rotary, layers)
+    return known[1]
 
 
 def _found(owner: nn.Module, rotary: list[nn.Module], layers: int) -> Rotations:

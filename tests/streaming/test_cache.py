@@ -232,3 +232,42 @@ def test_the_model_stays_what_it_was():
     torch.testing.assert_close(
         fed(clone, ids, StreamingCache(clone, 2, 5), 1), fed(model, ids, StreamingCache(model, 2, 5), 20), **TIGHT
     )
+
+
+def test_attention_that_takes_no_masks_reads_what_is_over_token_by_token(monkeypatch):
+    model, ids = llama().eval(), tokens(2, 40)
+    expected = reference.logits(model, ids, 4, 12)
+    monkeypatch.setattr("fastllm.streaming.cache._TAKE_MASKS", ())  # as flash attention does not
+    torch.testing.assert_close(fed(model, ids, StreamingCache(model, 4, 12), 25, 15), expected, **TIGHT)
+    cache, mask = StreamingCache(model, 4, 12), torch.ones(2, 40, dtype=torch.long)
+    mask[0, :3] = 0
+    with pytest.raises(ConfigError, match="takes no mask"):
+        fed(model, ids, cache, 40, attention_mask=mask)
+
+
+def test_a_forward_that_failed_over_evictions_is_not_continued_in_silence():
+    model, ids = llama().eval(), tokens(1, 30)
+    cache = StreamingCache(model, 4, 12)
+    fed(model, ids, cache, 30)
+    handle = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fed(model, ids[:, :1], cache, 1)
+    handle.remove()
+    with pytest.raises(ConfigError, match="interrupted"):
+        fed(model, ids[:, :1], cache, 1)
+    cache.reset()
+    torch.testing.assert_close(fed(model, ids, cache, 30), reference.logits(model, ids, 4, 12), **TIGHT)
+
+
+def test_a_model_in_another_dtype_begins_anew():
+    model, ids = llama().eval(), tokens(1, 30)
+    cache = StreamingCache(model, 4, 12)
+    fed(model, ids, cache, 30)
+    model.to(torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"holds keys in torch.float32 and was given torch.bfloat16"):
+        fed(model, ids, cache, 30)
+    cache.reset()
+    whole = fed(model, ids, cache, 30)
+    cache.reset()
+    torch.testing.assert_close(fed(model, ids, cache, 1), whole, rtol=0, atol=0.05)
+    assert cache.layers[0].keys.dtype == torch.bfloat16
