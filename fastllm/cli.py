@@ -57,7 +57,7 @@ def _parser() -> _Parser:
     parser = _Parser(
         prog="fastllm",
         description="Fused kernels and length extrapolation for LLMs: look at this machine, at what a patch would change in a "
-        "model, at how far it reads, or let it talk for ever.",
+        "model, or at how far it reads; train one, or let it talk for ever.",
     )
     parser.add_argument("--version", action="version", version=f"fastllm {__version__}")
     shared = _Parser(add_help=False)
@@ -223,6 +223,7 @@ def _train(arguments: argparse.Namespace) -> int:
     except FastLLMError as error:
         raise _WronglyCalled from error
     command.finish(run, as_json=arguments.json)
+    return 0
 
 
 def _stream(arguments: argparse.Namespace) -> int:
