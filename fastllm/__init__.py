@@ -1,10 +1,15 @@
 """fastllm: fused kernels and length extrapolation for LLMs."""
 
+from typing import TYPE_CHECKING, Any
+
 from fastllm import backends, ops, rl, rope
 from fastllm.backends import use_backend
 from fastllm.errors import BackendError, CheckpointError, ConfigError, DataError, FastLLMError, PatchError
 from fastllm.patching import DilatedConfig, PatchReport, patch, patched, unpatch
 from fastllm.rope import extend_context, restore_context
+
+if TYPE_CHECKING:
+    from fastllm.streaming import StreamingCache
 
 __version__ = "0.1.0"
 
@@ -17,6 +22,7 @@ __all__ = [
     "FastLLMError",
     "PatchError",
     "PatchReport",
+    "StreamingCache",
     "backends",
     "extend_context",
     "ops",
@@ -25,6 +31,17 @@ __all__ = [
     "restore_context",
     "rl",
     "rope",
+    "streaming",
     "unpatch",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs transformers is imported when it is asked for."""
+    if name in ("StreamingCache", "streaming"):
+        import importlib
+
+        streaming = importlib.import_module("fastllm.streaming")
+        return streaming if name == "streaming" else streaming.StreamingCache
+    raise AttributeError(f"module 'fastllm' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The command line: ``fastllm doctor``, ``fastllm patch``, ``fastllm context`` and ``fastllm train``."""
+"""The command line: ``fastllm doctor``, ``fastllm patch``, ``fastllm context``, ``fastllm train`` and ``fastllm stream``."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _parser() -> _Parser:
     parser = _Parser(
         prog="fastllm",
         description="Fused kernels and length extrapolation for LLMs: look at this machine, at what a patch would change in a "
-        "model, or at how far it reads.",
+        "model, or at how far it reads; train one, or let it talk for ever.",
     )
     parser.add_argument("--version", action="version", version=f"fastllm {__version__}")
     shared = _Parser(add_help=False)
@@ -120,6 +120,36 @@ def _parser() -> _Parser:
         "overrides", metavar="KEY=VALUE", nargs="*", help="put over the file's; rope.method=yarn reaches inside"
     )
     train.set_defaults(run=_train)
+
+    stream = commands.add_parser(
+        "stream",
+        parents=[shared],
+        help="a model talks in the terminal, for ever if it is let, in constant memory",
+        description="Loads a model and goes on from --prompt, or with --chat answers line by line, on one StreamingCache: memory and "
+        "time per token do not grow. In a terminal the last row shows tokens per second, memory and evictions. Ctrl-C ends it.",
+    )
+    stream.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a folder with weights and a tokenizer, or ORGANISATION/NAME on the Hugging Face Hub",
+    )
+    stream.add_argument("--prompt", metavar="TEXT", help="what the text begins with; with --chat, the system's message")
+    stream.add_argument("--chat", action="store_true", help="a conversation: one line of input, one answer")
+    stream.add_argument("--tokens", type=int, metavar="N", help="end after N tokens (of each answer); default: never")
+    stream.add_argument("--sinks", type=int, default=4, metavar="S", help="first tokens that stay visible; default: 4")
+    size = stream.add_mutually_exclusive_group()
+    size.add_argument("--window", type=int, metavar="W", help="tokens of the window; default: 1024 with the sinks")
+    size.add_argument("--memory", metavar="SIZE", help='the largest window whose cache fits into SIZE, "2GiB" say')
+    stream.add_argument(
+        "--temperature", type=float, default=0.8, metavar="T", help="0: the likeliest token; default: 0.8"
+    )
+    stream.add_argument("--top-p", type=float, default=0.95, metavar="P", help="nucleus sampling; default: 0.95")
+    stream.add_argument("--seed", type=int, metavar="N", help="of the sampling")
+    stream.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="default: the weights' own"
+    )
+    stream.add_argument("--no-patch", action="store_true", help="run the model without fastllm's kernels")
+    stream.set_defaults(run=_stream)
     return parser
 
 
@@ -193,6 +223,26 @@ def _train(arguments: argparse.Namespace) -> int:
     except FastLLMError as error:
         raise _WronglyCalled from error
     command.finish(run, as_json=arguments.json)
+    return 0
+
+
+def _stream(arguments: argparse.Namespace) -> int:
+    import io
+
+    try:
+        from fastllm.streaming import console
+    except ImportError:
+        raise ConfigError("this needs transformers: pip install 'transformers>=5.0'") from None
+    out = io.StringIO() if arguments.json else sys.stdout
+    found = console.stream(
+        arguments.model, prompt=arguments.prompt, sinks=arguments.sinks, window=arguments.window, memory=arguments.memory,
+        count=arguments.tokens, temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed,
+        dtype=arguments.dtype, patch=not arguments.no_patch, chat=arguments.chat, out=out, say=sys.stderr, lines=sys.stdin,
+    )  # fmt: skip
+    if arguments.json:
+        print(json.dumps({"text": out.getvalue(), **asdict(found)}, indent=2))  # type: ignore[union-attr]
+    else:
+        print(found, file=sys.stderr)
     return 0
 
 

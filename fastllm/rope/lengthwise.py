@@ -101,6 +101,8 @@ class Recorder:
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         kwargs = {**dict(zip(names, args)), **kwargs}
         self.new, ids, cache = None, kwargs.get("input_ids"), kwargs.get("past_key_values")
+        if getattr(cache, "own_frequencies", False):  # a StreamingCache: one set of frequencies, that of its size
+            return None
         if ids is None:
             if cache is not None:
                 raise ConfigError("frequencies that follow the text need input_ids beside a cache, not inputs_embeds")

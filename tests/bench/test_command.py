@@ -45,7 +45,7 @@ def exit_code(arguments):
         (["kernel"], "kernels, attention, loss, rl, train"),
         (["kernels", "--only", "softmax"], "rms_norm"),
         (["kernels", "--only", "swiglu", "--json", "/no/such/folder/rows.json"], "/no/such/folder/rows.json"),
-        (["stream"], "not here yet: the streaming cache beside a dense one and recomputation (comes with issue 6)"),
+        (["ppo"], "not here yet: a PPO step: rollout, scoring, training (comes with issue 8)"),
         (["train", "--json", "/"], "cannot write /"),
         (["loss", "--plot", "/dev/null/plots"], "cannot write /dev/null/plots"),
         (["kernels", "--device", "tpu"], "'tpu'"),
