@@ -403,8 +403,8 @@ def _table(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
     step.given = True
     if isinstance(output[0], Angles):  # a patched model's, whose kernel takes cosines of what it is given, unrounded
         step.rounded = False
-        angles = Angles(step.tokens, output[0].inv_freq, cache.angles.factor(number))
-        return angles, angles
+        factor = cache.angles.factor(number)
+        return tuple(Angles(step.tokens, a.inv_freq, factor, a.which, a.layout, a.of_table) for a in output)
     return cache.angles.columns(number, step.tokens, output[0])
 
 
