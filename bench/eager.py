@@ -37,6 +37,13 @@ def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, 
     return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin
 
 
+def rope(q: Tensor, k: Tensor, position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    """As Llama's rotary module, in fp32 at least, and its rotation."""
+    angles = position_ids.to(inv_freq.dtype).unsqueeze(-1) * inv_freq
+    angles = torch.cat((angles, angles), -1)
+    return apply_rope(q, k, angles.cos().to(q.dtype), angles.sin().to(q.dtype))
+
+
 def _rotate_half(x: Tensor) -> Tensor:
     first, second = x.chunk(2, -1)
     return torch.cat((-second, first), -1)

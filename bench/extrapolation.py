@@ -1,6 +1,6 @@
 """Reading further than a model was trained to: perplexity by position and recall by distance, under every RoPE scaling.
 
-    python -m bench extrapolation [--quick] [--json F] [--plot DIR]
+    python -m bench extrapolation [--quick] [--json F] [--plot DIR]     about a quarter of an hour, or two minutes, on two cores
 
 Small Llamas are trained on CONTEXT tokens of text, extended to LENGTH by every method, and tried on held-out text as they are
 and after a few steps of tuning at the new length; then, one that has learned to recall facts, on facts ever further back. All
@@ -45,6 +45,8 @@ BUCKETS = ((16, 128), (128, 256), (256, 512), (512, 1024))
 DISTANCES = (48, 100, 200, 400, 900)
 SEEDS, STEPS, RECALL_STEPS = 3, 900, 2500
 TUNING_STEPS, TUNING_RATE = 40, 1e-3
+QUICK = ("none", "linear", "ntk", "dynamic", "yarn")  # with --quick; a shorter training, and no facts
+QUICK_STEPS, QUICK_ROWS = 300, 16
 ROWS, RECALL_ROWS = 64, 64
 
 
@@ -81,11 +83,12 @@ def main(arguments: Sequence[str]) -> int:
 
 def of_seed(seed: int, quick: bool = False) -> dict[str, Any]:
     began = time.perf_counter()
-    model = tiny_llama.train(seed, STEPS)
+    steps = QUICK_STEPS if quick else STEPS
+    model = tiny_llama.train(seed, steps)
     trained = time.perf_counter()
-    print(f"seed {seed}: {STEPS} steps of text in {trained - began:.0f} s", flush=True)
-    rows = tiny_llama.held_out(ROWS, LENGTH)
-    methods: dict[str, Any] = {name: {} for name in METHODS}
+    print(f"seed {seed}: {steps} steps of text in {trained - began:.0f} s", flush=True)
+    rows = tiny_llama.held_out(QUICK_ROWS if quick else ROWS, LENGTH)
+    methods: dict[str, Any] = {name: {} for name in (QUICK if quick else METHODS)}
     for name, found in methods.items():
         with_it = extended(model, name)
         found["zero_shot"] = _perplexities(by_position(with_it, name, rows))
@@ -93,14 +96,17 @@ def of_seed(seed: int, quick: bool = False) -> dict[str, Any]:
         tiny_llama.tune(with_it, TUNING_STEPS, tiny_llama.texts(1000 + seed, 4, LENGTH), TUNING_RATE, warm_up=5)
         found["tuned"] = _perplexities(by_position(with_it, name, rows))
     tuned = time.perf_counter()
-    print(f"seed {seed}: {len(METHODS)} methods tried and tuned in {tuned - trained:.0f} s", flush=True)
+    print(f"seed {seed}: {len(methods)} methods tried and tuned in {tuned - trained:.0f} s", flush=True)
+    run = {"seed": seed, "steps": steps, "methods": methods}
+    if quick:
+        return run
     questions = {distance: tiny_llama.asked(RECALL_ROWS, distance) for distance in DISTANCES}
     model, recall_steps = tiny_llama.train_to_recall(seed, RECALL_STEPS)
     for name, found in methods.items():
         with_it = extended(model, name)
         found["recall"] = [tiny_llama.recall(with_it, of) for of in questions.values()]
     print(f"seed {seed}: recall after {recall_steps} steps, tried in {time.perf_counter() - tuned:.0f} s", flush=True)
-    return {"seed": seed, "steps": STEPS, "recall_steps": recall_steps, "methods": methods}
+    return run | {"recall_steps": recall_steps}
 
 
 def extended(model: nn.Module, name: str) -> nn.Module:
@@ -157,7 +163,7 @@ def gates(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     cached = max(found["cached_differs_by"] for found in runs[0]["methods"].values())
     within = [distance for distance in DISTANCES if distance < CONTEXT]
     where = f"{last_bucket[0]}-{last_bucket[1]}"
-    return [
+    expected = [
         {
             "says": f"unextended, perplexity at {where} is over 3 times that at {first[0]}-{first[1]}",
             "holds": min(falls) > 3,
@@ -169,18 +175,21 @@ def gates(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             **ordered("tuned", "yarn", "ntk", "none", "linear"),
         },
         {
-            "says": f"the model of facts finds those within its {CONTEXT} tokens",
-            "holds": all(min(run["methods"]["none"]["recall"][: len(within)]) > 0.9 for run in runs),
-            "found": "; ".join(
-                f"{share:.0%}" for run in runs for share in run["methods"]["none"]["recall"][: len(within)]
-            ),
-        },
-        {
             "says": "logits over a cache equal those without one to 1e-4, every method",
             "holds": cached < 1e-4,
             "found": f"{cached:.1e}",
         },
     ]
+    if all("recall_steps" in run for run in runs):
+        found = [share for run in runs for share in run["methods"]["none"]["recall"][: len(within)]]
+        expected.append(
+            {
+                "says": f"the model of facts finds those within its {CONTEXT} tokens",
+                "holds": min(found) > 0.9,
+                "found": ", ".join(f"{share:.0%}" for share in found),
+            }
+        )
+    return expected
 
 
 def show(run: dict[str, Any]) -> None:
@@ -193,6 +202,8 @@ def show(run: dict[str, Any]) -> None:
         for name, found in run["methods"].items():
             table.add_row(name, *(f"{p:.2f}" for p in found[key]["buckets"]))
         print_to.print(table)
+    if "recall_steps" not in run:
+        return
     table = Table(title="facts recalled, as they are, by distance", box=None, title_justify="left", header_style="")
     table.add_column("")
     for distance in DISTANCES:

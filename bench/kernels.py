@@ -35,6 +35,12 @@ def _rope(projected: bool = False) -> Inputs:
     return inputs
 
 
+def _rope_by_positions(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The same q and k, positions and fp32 frequencies."""
+    q, k, *_ = _rope()(dtype)
+    return q, k, torch.arange(2048).unsqueeze(0), 10000.0 ** -torch.arange(0, 1, 2 / 128)
+
+
 BIG, CHANNELS = (8192, 4096), (4096,)
 WIDE = (8192, 11008)
 ROPE = (ops.apply_rope, eager.apply_rope, eager.apply_rope)
@@ -74,6 +80,7 @@ CASES = [
         "apply_rope", "q 4x32x2048x128 k 4x8 projected", _rope(projected=True), *ROPE, LIGER_ROPE, constants=(2, 3),
         passes=(FORWARD,),
     ),
+    Case("rope", "q 4x32x2048x128 k 4x8", _rope_by_positions, ops.rope, eager.rope, eager.rope, constants=(2, 3)),
     Case(
         "swiglu", "8192x11008", _normal(WIDE, WIDE), ops.swiglu, eager.swiglu, eager.swiglu,
         peers.liger("liger_swiglu", lambda f, gate, up: f(gate, up)),

@@ -87,7 +87,7 @@ def test_every_method_extends_and_its_cache_agrees(name):
 def test_expectations_that_are_not_met_fail():
     assert all(gate["holds"] for gate in record()["gates"])
     for changed, which in (({"none": (8.5, 5.0)}, 0), ({"yarn": (8.1, 3.8)}, 1), ({"ntk": (10.0, 5.1)}, 2),
-                           ({"none": (16.0, 5.0, (1.0, 0.5, 0, 0, 0))}, 3), ({"ntk": (10.0, 4.2, (1.0,) * 5, 1e-3)}, 4)):  # fmt: skip
+                           ({"none": (16.0, 5.0, (1.0, 0.5, 0, 0, 0))}, 4), ({"ntk": (10.0, 4.2, (1.0,) * 5, 1e-3)}, 3)):  # fmt: skip
         assert [gate["holds"] for gate in record(**changed)["gates"]][which] is False
 
 

@@ -49,7 +49,8 @@ def test_a_wrong_family_is_caught(monkeypatch):
     monkeypatch.setattr(importlib.import_module("fastllm.patching.patch"), "_verify", lambda *_: "")
     from fastllm.patching.rules import rope
 
-    monkeypatch.setattr(rope.ops, "apply_rope", lambda q, k, *_, **__: (q, k))
+    for name in ("apply_rope", "rope"):
+        monkeypatch.setattr(rope.ops, name, lambda q, k, *_, **__: (q, k))
     rope._layout.cache_clear()
     monkeypatch.setattr(rope, "_layout", lambda _: "half")
     assert sweep.check("llama").status == "wrong"

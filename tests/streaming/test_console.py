@@ -84,9 +84,11 @@ def test_a_chat_reads_only_what_is_new(capsys, folder, monkeypatch):
 
 
 def test_ctrl_c_ends_it_cleanly(folder):
+    # A shell's background jobs, and all they start, have the signal ignored.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from fastllm import cli; sys.exit(cli.main())"
     process = subprocess.Popen(
-        [sys.executable, "-m", "fastllm", "stream", folder, "--prompt", "a"], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-c", code, "stream", folder, "--prompt", "a"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert process.stdout.read(40)  # it talks
     time.sleep(0.2)
