@@ -39,6 +39,8 @@ def draw(record: Record, folder: Path, suffix: str = ".png", note: str = "") -> 
 
 
 def extrapolation_page(record: Record, pictures: str) -> str:
+    within = sum(distance < record["context"] for distance in record["distances"])
+    learned = [r for r in record["seeds"] if "recall_steps" in r and min(r["methods"]["none"]["recall"][:within]) > 0.9]
     runs, buckets = record["seeds"], [f"{a}–{b}" for a, b in record["buckets"]]
     names = list(runs[0]["methods"])
 
@@ -52,7 +54,7 @@ def extrapolation_page(record: Record, pictures: str) -> str:
     def recalled(when: str) -> str:
         distances = record["distances"]
         rows = [
-            [name, *(f"{mean(r['methods'][name][when][n] for r in runs):.0%}" for n in range(len(distances)))]
+            [name, *(f"{mean(r['methods'][name][when][n] for r in learned):.0%}" for n in range(len(distances)))]
             for name in names
         ]
         return _markdown(["", *(str(d) for d in distances)], rows)
@@ -78,9 +80,10 @@ def extrapolation_page(record: Record, pictures: str) -> str:
         pictures,
         "## Finding a fact again",
         "Perplexity hides it: a model can guess the next byte well and no longer find what it read. A second, smaller model has "
-        f"learned to give the value of a key named earlier within its {context} tokens. Share of {record['recall_rows']} values "
-        "found, by how many tokens back the fact stands; a guess is right one time in 26.",
-        recalled("recall"),
+        f"been taught to give the value of a key named earlier within its {context} tokens; {len(learned)} of {len(runs)} seeds "
+        "learned it (over 90 % found there), and one that did not shows nothing, so these alone count here. Share of "
+        f"{record['recall_rows']} values found, by how many tokens back the fact stands; a guess is right one time in 26.",
+        recalled("recall") if learned else "",
         *(
             ["After tuning as above, facts among the text:", recalled("recall_tuned")]
             if "recall_tuned" in runs[0]["methods"]["none"]
