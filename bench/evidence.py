@@ -10,7 +10,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from bench import machine
-from bench.results import Unreadable
+from bench.results import Unreadable, markdown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,7 +49,7 @@ def extrapolation_page(record: Record, pictures: str) -> str:
             [name, *(_spread([r["methods"][name][when]["buckets"][n] for r in runs]) for n in range(len(buckets)))]
             for name in names
         ]
-        return _markdown(["", *buckets], rows)
+        return markdown(["", *buckets], rows)
 
     def recalled(when: str) -> str:
         distances = record["distances"]
@@ -57,7 +57,7 @@ def extrapolation_page(record: Record, pictures: str) -> str:
             [name, *(f"{mean(r['methods'][name][when][n] for r in learned):.0%}" for n in range(len(distances)))]
             for name in names
         ]
-        return _markdown(["", *(str(d) for d in distances)], rows)
+        return markdown(["", *(str(d) for d in distances)], rows)
 
     holds = [
         f"- {'holds' if gate['holds'] else '**fails**'}: {gate['says']} ({gate['found']})" for gate in record["gates"]
@@ -188,8 +188,3 @@ def _spread(values: Sequence[float]) -> str:
     if len(values) == 1:
         return f"{values[0]:.2f}"
     return f"{mean(values):.2f} ({min(values):.2f}–{max(values):.2f})"
-
-
-def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [headings, ["---", *["--:"] * (len(headings) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -16,7 +16,7 @@ from pathlib import Path
 from bench import evidence, machine, plots, rules
 from bench.__main__ import SUITES
 from bench.arguments import Parser
-from bench.results import Row, Unreadable, by_name, megabytes, milliseconds, ratio, rows_of, short
+from bench.results import Row, Unreadable, by_name, markdown, megabytes, milliseconds, ratio, rows_of, short
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, DOCS = ROOT / "bench" / "results", ROOT / "docs"
@@ -143,7 +143,7 @@ def _demo(file: Path, record: Row) -> list[str]:
     return [
         "### demo",
         f"{machine.sentence(where)}; `make demo`, {where['date'][:10]}: a small Llama trained twice on real text, in fp32.",
-        _markdown(["", "unpatched", "patched", "patched against unpatched"], record["rows"]),
+        markdown(["", "unpatched", "patched", "patched against unpatched"], record["rows"]),
         record["sentence"],
         _picture(file, "curves", "training loss by step and by time"),
     ]
@@ -213,7 +213,7 @@ def _cases(rows: Sequence[Row]) -> str:
         "MB / eager's",
         "max error",
     ]
-    return _markdown([*headings, "first call ms"], made)
+    return markdown([*headings, "first call ms"], made)
 
 
 def _training(rows: Sequence[Row]) -> str:
@@ -252,13 +252,8 @@ def _steps(case: str, rows: Sequence[Row]) -> str:
         f"{case}: forward with labels, backward, {base['optimizer']}. TFLOPS: model FLOPs, causal; MFU and HFU: share of the "
         "device's published peak, where there is one; of matmul: TFLOPS over those of a large matrix product in the same run."
     )
-    return f"{told}\n\n{_markdown(headings, made)}"
+    return f"{told}\n\n{markdown(headings, made)}"
 
 
 def _picture(file: Path, name: str, caption: str) -> str:
     return f"![{file.stem}: {caption}]({(IMAGES / file.parent.name / f'{file.stem}-{name}.svg').as_posix()})"
-
-
-def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [headings, ["---", *["--:"] * (len(headings) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)

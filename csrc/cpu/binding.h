@@ -65,6 +65,19 @@ inline Tensor fresh_float(const Tensor& like, torch::headeronly::IntHeaderOnlyAr
 // The tensor itself where it is contiguous already: asking the dispatcher costs more than a small kernel.
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
+// f(begin, end) of each packed sequence, after the check that they fill the tokens.
+template <class F>
+void for_each_sequence(const Tensor& cu_seqlens, int64_t tokens, F f) {
+  const Tensor bounds = dense(cu_seqlens);
+  const int32_t* b = (const int32_t*)bounds.const_data_ptr();
+  const int64_t count = bounds.numel() - 1;
+  STD_TORCH_CHECK(count >= 0 && b[0] == 0 && b[count] == tokens, "fastllm: cu_seqlens must go from 0 to the number of tokens");
+  for (int64_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(b[i] <= b[i + 1], "fastllm: cu_seqlens must ascend");
+    f(b[i], b[i + 1]);
+  }
+}
+
 inline Tensor to_float(const Tensor& t) {
   return torch::stable::contiguous(torch::stable::to(t, torch::headeronly::ScalarType::Float));
 }

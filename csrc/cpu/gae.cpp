@@ -142,14 +142,7 @@ std::tuple<Tensor, Tensor> gae(Tensor rewards, Tensor values, std::optional<Tens
   const int64_t tokens = rewards.numel();
   std::vector<GaeSequence> sequences;
   if (cu_seqlens) {
-    const Tensor bounds = dense(*cu_seqlens);
-    const int32_t* b = (const int32_t*)bounds.const_data_ptr();
-    const int64_t count = bounds.numel() - 1;
-    STD_TORCH_CHECK(count >= 0 && b[0] == 0 && b[count] == tokens, "fastllm: cu_seqlens must go from 0 to the number of tokens");
-    for (int64_t i = 0; i < count; ++i) {
-      STD_TORCH_CHECK(b[i] <= b[i + 1], "fastllm: cu_seqlens must ascend");
-      sequences.push_back({b[i], b[i + 1]});
-    }
+    for_each_sequence(*cu_seqlens, tokens, [&](int64_t begin, int64_t end) { sequences.push_back({begin, end}); });
   } else {
     const int64_t length = std::max<int64_t>(1, rewards.size(rewards.dim() - 1));
     for (int64_t at = 0; at < tokens; at += length) sequences.push_back({at, at + length});

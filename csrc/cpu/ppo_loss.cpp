@@ -419,14 +419,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss(
   if (!(over_sequences || p.by_sequence || by_row)) {
     rows.push(0, tokens);
   } else if (cu_seqlens) {
-    const Tensor bounds = dense(*cu_seqlens);
-    const int32_t* b = (const int32_t*)bounds.const_data_ptr();
-    const int64_t count = bounds.numel() - 1;
-    STD_TORCH_CHECK(count >= 0 && b[0] == 0 && b[count] == tokens, "fastllm: cu_seqlens must go from 0 to the number of tokens");
-    for (int64_t i = 0; i < count; ++i) {
-      STD_TORCH_CHECK(b[i] <= b[i + 1], "fastllm: cu_seqlens must ascend");
-      rows.push(b[i], b[i + 1]);
-    }
+    for_each_sequence(*cu_seqlens, tokens, [&](int64_t begin, int64_t end) { rows.push(begin, end); });
   } else {
     const int64_t length = mask.size(mask.dim() - 1), count = mask.dim() == 2 ? mask.size(0) : 1;
     for (int64_t i = 0; i < count; ++i) rows.push(i * length, (i + 1) * length);

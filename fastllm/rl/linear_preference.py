@@ -81,7 +81,6 @@ def linear_orpo_loss(
 
     Args, Returns and Raises: as ``linear_dpo_loss`` and ``orpo_loss``.
     """
-    _pairs(mask, cu_seqlens)
     (chosen, n), (rejected, m) = _chosen_and_rejected(
         hidden, weight, tokens, mask, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
         cu_seqlens=cu_seqlens,
@@ -108,7 +107,6 @@ def linear_simpo_loss(
 
     Args, Returns and Raises: as ``linear_dpo_loss`` and ``simpo_loss``.
     """
-    _pairs(mask, cu_seqlens)
     (chosen, n), (rejected, m) = _chosen_and_rejected(
         hidden, weight, tokens, mask, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
         cu_seqlens=cu_seqlens,
@@ -153,7 +151,15 @@ def _pairs(mask: Tensor, cu_seqlens: Tensor | None) -> int:
     return sequences // 2
 
 
-def _chosen_and_rejected(*args: Any, **options: Any) -> list[tuple[Tensor, Tensor]]:
-    logps, lengths = linear_sequence_logprobs(*args, **options)
-    half = logps.shape[0] // 2
+def _chosen_and_rejected(
+    hidden: Tensor,
+    weight: Tensor | nn.Module,
+    tokens: Tensor,
+    mask: Tensor,
+    *,
+    cu_seqlens: Tensor | None,
+    **options: Any,
+) -> list[tuple[Tensor, Tensor]]:
+    half = _pairs(mask, cu_seqlens)
+    logps, lengths = linear_sequence_logprobs(hidden, weight, tokens, mask, cu_seqlens=cu_seqlens, **options)
     return [(logps[:half], lengths[:half]), (logps[half:], lengths[half:])]

@@ -8,7 +8,6 @@ each pair's number show which pair a dimension belongs to.
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastllm.errors import ConfigError
-from fastllm.rope.angles import Angles
+from fastllm.patching.deferred import materialized
 
 _TOKENS = 4
 _CLOSE = 0.05  # of the norm: far above rounding in 16 bits, far below one pair taken for another
@@ -152,10 +151,7 @@ def _run(
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         kind = args[2] if len(args) > 2 else kwargs.get("layer_type")
-        if isinstance(out, tuple) and isinstance(
-            out[0], Angles
-        ):  # a patched model's: its functions take tables as well
-            out = inspect.unwrap(type(module).forward)(module, *args, **kwargs)
+        out = materialized(out)  # a patched model's is not computed yet
         try:
             given = answer(module, kind, out)
         except ConfigError as error:

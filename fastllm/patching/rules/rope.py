@@ -48,9 +48,8 @@ def find(model: nn.Module) -> Iterator[Found | Skipped]:
         else:
             layouts = {n: layout for n, layout in layouts.items() if layout}
             yield Found(path, module, slot, {"layouts": layouts}, (plain, tuple(layouts.items())))
-    if any(
-        "rope" in replaced_by(module) for module in model.modules()
-    ):  # the functions above have been replaced by now
+    # The functions above have been replaced by now, those that are.
+    if any("rope" in replaced_by(module) for module in model.modules()):
         yield from _rotary_modules(model)
 
 
