@@ -1,14 +1,13 @@
 """The same configuration on two CPU ranks: plain, and ZeRO 1 to 3 under DeepSpeed; each resumes as if it had not stopped."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+
+from tests.ranks import run_on_two
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("deepspeed", reason="the ZeRO claim needs DeepSpeed; the dev extra installs it")
@@ -24,24 +23,11 @@ def test_zero_stages_and_plain_ranks_train_alike_and_resume_bit_for_bit(folder, 
     }  # fmt: skip
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(settings))
-    root = Path(__file__).parents[2]
-    scripts = Path(sys.executable).parent
-    environment = {
-        **os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0",
-        "PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}", "PATH": f"{scripts}:{os.environ['PATH']}",
-    }  # fmt: skip
     worker = Path(__file__).parent / "distributed_worker.py"
-    port = 30500 + os.getpid() % 1000
-    launchers = {
-        "deepspeed": (["--num_accelerators", "2", "--master_port", str(port)], ["3", "1", "2"]),
-        "torchrun": (["--nproc-per-node", "2", "--master-port", str(port + 1000)], ["ddp"]),
-    }
     results = []
-    for launcher, (options, stages) in launchers.items():
-        command = [str(scripts / launcher), *options, str(worker), str(path), *stages]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-        found = [json.loads(line.split("RESULT ", 1)[1]) for line in done.stdout.splitlines() if "RESULT " in line]
-        assert [r["stage"] for r in found] == stages, done.stdout[-3000:] + done.stderr[-3000:]
+    for launcher, stages in (("deepspeed", ["3", "1", "2"]), ("torchrun", ["ddp"])):
+        found, said = run_on_two(worker, str(path), *stages, launcher=launcher)
+        assert [r["stage"] for r in found] == stages, said
         results += found
     plain = list(results[-1]["whole"].values())
     for result in results:

@@ -1,0 +1,33 @@
+"""Two processes on the CPU, as DeepSpeed's launcher or torchrun starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+OPTIONS = {
+    "deepspeed": ("--num_accelerators", "2", "--master_port"),
+    "torchrun": ("--nproc-per-node", "2", "--master-port"),
+}
+
+
+def run_on_two(worker: Path, *arguments: str, launcher: str = "deepspeed") -> tuple[list[Any], str]:
+    """What the ranks printed after RESULT, as JSON, and all that was printed, to show when that is not enough."""
+    scripts = Path(sys.executable).parent
+    environment = {
+        **os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0",
+        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "PATH": f"{scripts}:{os.environ['PATH']}",
+    }  # fmt: skip
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(scripts / launcher), *OPTIONS[launcher], str(port), str(worker), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    found = [line.split("RESULT ", 1)[1] for line in done.stdout.splitlines() if "RESULT " in line]
+    return [json.loads(result) for result in found], done.stdout + done.stderr
