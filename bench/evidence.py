@@ -51,10 +51,10 @@ def extrapolation_page(record: Record, pictures: str) -> str:
         ]
         return markdown(["", *buckets], rows)
 
-    def recalled(when: str) -> str:
+    def recalled() -> str:
         distances = record["distances"]
         rows = [
-            [name, *(f"{mean(r['methods'][name][when][n] for r in learned):.0%}" for n in range(len(distances)))]
+            [name, *(f"{mean(r['methods'][name]['recall'][n] for r in learned):.0%}" for n in range(len(distances)))]
             for name in names
         ]
         return markdown(["", *(str(d) for d in distances)], rows)
@@ -83,12 +83,7 @@ def extrapolation_page(record: Record, pictures: str) -> str:
         f"been taught to give the value of a key named earlier within its {context} tokens; {len(learned)} of {len(runs)} seeds "
         "learned it (over 90 % found there), and one that did not shows nothing, so these alone count here. Share of "
         f"{record['recall_rows']} values found, by how many tokens back the fact stands; a guess is right one time in 26.",
-        recalled("recall") if learned else "",
-        *(
-            ["After tuning as above, facts among the text:", recalled("recall_tuned")]
-            if "recall_tuned" in runs[0]["methods"]["none"]
-            else []
-        ),
+        recalled() if learned else "",
         "## What was expected",
         "\n".join(holds),
         f"Measured on {machine.sentence(record['machine'])}, in {record['seconds'] / 60:.0f} minutes: "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from fastllm.errors import ConfigError
 
 _LOCAL = ("sliding", "local", "chunked")
@@ -25,6 +27,15 @@ def config_of(model_or_config: Any) -> Any:
     except Exception as error:  # of configs whose layers differ in it
         raise ConfigError(f"{type(config).__name__}: {' '.join(str(error).split())}") from error
     return text
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside wrappers of parallel training and compilation (DDP, DeepSpeed, torch.compile)."""
+    for name in ("module", "_orig_mod"):
+        inner = model._modules.get(name)
+        if inner is not None and not hasattr(model.__dict__.get("config"), "model_type"):
+            return unwrapped(inner)
+    return model
 
 
 def _nested(parameters: dict[str, Any]) -> bool:

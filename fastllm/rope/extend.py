@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastllm.errors import ConfigError
 from fastllm.rope import angles, laws, lengthwise
-from fastllm.rope._config import config_of, is_local, parameters_of, rotated, trained_length
+from fastllm.rope._config import config_of, is_local, parameters_of, rotated, trained_length, unwrapped
 from fastllm.rope.scaling import _METHODS, METHODS, scaling
 
 _KEPT = "_fastllm_context"  # where a model keeps what restore_context needs
@@ -71,7 +71,7 @@ def extend_context(model: nn.Module, max_length: int, method: str = "yarn", **pa
     Extending an extended model starts again from the trained length.
 
     Args:
-        model: a Transformers model with RoPE, or a wrapper around one (PEFT).
+        model: a Transformers model with RoPE, or a wrapper around one (PEFT, DDP, DeepSpeed, torch.compile).
         max_length: tokens to read.
         method: "yarn" (the best without tuning), "linear", "ntk", "ntk_mixed", "dynamic", "llama3", "longrope", "abf"; what they
             are says ``fastllm.rope.scaling``.
@@ -91,7 +91,7 @@ def extend_context(model: nn.Module, max_length: int, method: str = "yarn", **pa
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     with torch.inference_mode(False):  # frequencies made under it could not be trained with
-        return _extended(model, max_length, method, params)
+        return _extended(unwrapped(model), max_length, method, params)
 
 
 def _extended(model: nn.Module, max_length: int, method: str, params: dict[str, Any]) -> Extension:
@@ -131,6 +131,7 @@ def restore_context(model: nn.Module) -> None:
     """Undoes ``extend_context``: frequencies and config are what they were, to the last bit. Nothing to a model not extended."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    model = unwrapped(model)
     for module in list(model.modules()):
         if kept := module.__dict__.pop(_KEPT, None):
             _put_back(model, kept)

@@ -44,7 +44,7 @@ def test_rows_hold_what_they_say():
     others = torch.cat((rows[:, 8 + 33 : 8 + 37], rows[:, 8 + 66 : 8 + 70]), 1)
     assert (others[:, [2, 6]] != rows[:, 10:11]).all()  # of other keys
     ids, labels = tiny_llama.facts(0, 6, 128)()
-    asked = labels[:3] != -100
+    asked = labels != -100
     assert asked.any(1).all()
     for row, at in asked.nonzero().tolist():
         key, value = ids[row, at - 1], ids[row, at]

@@ -329,6 +329,17 @@ def test_a_trained_length_survives_saving_and_wrapping(tmp_path):
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, torch.compile], ids=["parallel", "compiled"])
+@pytest.mark.parametrize("method", ["yarn", "dynamic"])
+def test_wrappers_of_parallel_training_and_compilation_are_seen_through(wrap, method):
+    model = llama(max_position_embeddings=64).eval()
+    before = logits(model)
+    assert rope.extend_context(wrap(model), 256, method).length == 256
+    assert not torch.equal(logits(model), before)
+    rope.restore_context(torch.nn.DataParallel(wrap(model)))
+    assert torch.equal(logits(model), before)
+
+
 def test_what_a_family_keeps_beside_a_method_stays():
     model = llama(max_position_embeddings=64).eval()
     model.config.rope_parameters["mrope_section"] = [4, 2, 2]
