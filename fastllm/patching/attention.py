@@ -222,6 +222,9 @@ def _sdpa_mask(*args: Any, **kwargs: Any) -> Any:
 
 def _compact(call: dict[str, Any]) -> tuple[Tensor | None] | None:
     numbers = [call.get(n) for n in ("q_length", "kv_length", "q_offset", "kv_offset")]
+    positions = call.get("cache_position")  # Transformers 5.0 tells these of the queries
+    if isinstance(positions, Tensor) and not torch.compiler.is_compiling():
+        numbers[0], numbers[2] = len(positions), int(positions[0])
     queries, keys, ahead, first = (n if isinstance(n, int) else 0 for n in numbers)
     if not all(isinstance(n, int) for n in numbers) or call.get("use_vmap"):
         return None  # another transformers, a cache of fixed size, or a mask function of the user's

@@ -36,6 +36,11 @@ def model_of(family):
     return of(config).eval()
 
 
+def own_check_fails():
+    """Transformers 5.0 fails to check yarn where kinds of layers have RoPE parameters of their own."""
+    return transformers.__version__.startswith("5.0.")
+
+
 def logits(model, length=96):
     with torch.no_grad():
         return model(tokens(1, length), use_cache=False).logits
@@ -44,6 +49,10 @@ def logits(model, length=96):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_extends_reloads_and_restores(family, tmp_path):
     model = model_of(family)
+    if family == "gemma3_text" and own_check_fails():
+        with pytest.raises(ConfigError, match="does not take yarn"):
+            rope.extend_context(model, 256)
+        return
     before, config = logits(model), context_of(model)
     how = ("longrope", LONG) if family == "phi3" else ("yarn", {})
     done = rope.extend_context(model, 256, how[0], factor=4.0, original_length=64, **how[1])
@@ -183,7 +192,8 @@ def test_local_layers_keep_their_frequencies():
     model = model_of("gemma3_text")
     rotary = model.model.rotary_emb
     local, whole = rotary.sliding_attention_inv_freq.clone(), rotary.full_attention_inv_freq.clone()
-    done = rope.extend_context(model, 256, factor=4.0, original_length=64)
+    method = "linear" if own_check_fails() else "yarn"
+    done = rope.extend_context(model, 256, method, factor=4.0, original_length=64)
     assert list(done.after) == ["full_attention"]
     assert torch.equal(rotary.sliding_attention_inv_freq, local)
     assert not torch.equal(rotary.full_attention_inv_freq, whole)
