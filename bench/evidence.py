@@ -86,8 +86,11 @@ def extrapolation_page(record: Record, pictures: str) -> str:
         recalled() if learned else "",
         "## What was expected",
         "\n".join(holds),
-        f"Measured on {machine.sentence(record['machine'])}, in {record['seconds'] / 60:.0f} minutes: "
-        f"`{record['machine']['command']}`.",
+        *(
+            f"{what} on {machine.sentence(part['machine'])}, in {part['seconds'] / 60:.0f} minutes: `{part['machine']['command']}`."
+            for what, part in (("Measured", record), ("The facts were measured", record.get("facts")))
+            if part
+        ),
     ]
     return "\n\n".join(parts) + "\n"
 
