@@ -3,49 +3,11 @@
 //
 // Tokens are worked on in segments that no two rows share where rows matter: where the loss averages over sequences, where
 // the ratio is one a sequence, or where an advantage is. A first look at such rows counts their tokens. Inside a segment all
-// is fp32, a block at a time; across blocks sums are fp64, in an order that depends on the shapes alone.
-#include "vec.h"
-
-namespace fastllm {
-
-struct PpoColumn {
-  Dtype dtype;
-  const void* data;  // (tokens,), or (rows,) if by_row; null: absent
-  bool by_row;
-};
-
-enum PpoVariant : int64_t { ppo, cispo, reinforce };
-enum PpoKl : int64_t { k1, k2, k3 };
-
-struct PpoLoss {
-  PpoColumn logprobs, old_logprobs, advantages, values, old_values, returns, entropy, ref_logprobs, weights;
-  const uint8_t* mask;                                  // (tokens,)
-  float *grad_logprobs, *grad_values, *grad_entropy;    // (tokens,), without the normaliser; null: absent
-  float lowest, highest;                                // the clip range of a ratio
-  float dual_clip, value_clip;                          // dual_clip 0: none
-  float value_coef, entropy_coef, kl_coef;
-  int64_t kl_estimator, variant;
-  bool by_sequence;
-};
-
-struct PpoRow {
-  float weight;     // of each of its tokens in the loss
-  float log_ratio;  // by_sequence: of the sequence
-  float slope;      // by_sequence, ppo: the gradient of every valid token
-};
-
-// Sums over valid tokens; policy, value, entropy and kl with the rows' weights.
-struct PpoSums {
-  double count, policy, value, entropy, kl, difference, k3, clipped, value_clipped, ratio, highest, advantages, returns,
-      values, errors;
-  double spread_returns, spread_errors;  // squared distances from the mean of returns and of errors, returns - values
-};
-
-}  // namespace fastllm
+// is fp32, a block at a time; across blocks sums are fp64, in an order that depends on shapes and mask alone. What lies
+// between blocks is masked, padding for the most part, and is not read.
+#include "ppo_loss.h"
 
 #ifdef FASTLLM_ISA
-#include <algorithm>
-
 namespace fastllm {
 namespace FASTLLM_ISA {
 
@@ -63,17 +25,28 @@ inline Vec load_on(const float* p, int lanes) {
   __builtin_prefetch(p + BLOCK);
   return load(p, lanes);
 }
+// e^x - 1 - x, given e^x: below 1/2, where that difference would cancel, its series, to 4e-8 of it.
+inline Vec beyond_linear(Vec x, Vec e) {
+  Vec s(1.f / 40320);
+  for (const float c : {1.f / 5040, 1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2}) s = fma(s, x, Vec(c));
+  const Vec square = x * x;
+  return where_less(square, Vec(0.25f), square * s, (e - Vec(1.f)) - x);
+}
 
 // A block of tokens: which are valid, and its columns as fp32, in place or converted.
 struct Block {
   const PpoLoss& p;
-  int64_t at = 0, n = 0, row = 0;
+  PpoStretch stretch;
+  int64_t row, at = 0, n = 0;
   alignas(64) float valid[BLOCK];
   alignas(64) float room[4][BLOCK];
 
-  void move(int64_t begin, int64_t end, int64_t of_row) {
-    at = begin, n = std::min(BLOCK, end - begin), row = of_row;
+  Block(const PpoLoss& p, int64_t begin, int64_t end, int64_t row) : p(p), stretch{p.mask, begin, end}, row(row) {}
+  bool next() {
+    if (!stretch.next(BLOCK)) return false;
+    at = stretch.at, n = stretch.n;
     for (int64_t j = 0; j < n; ++j) valid[j] = p.mask[at + j] ? 1.f : 0.f;
+    return true;
   }
   const float* column(const PpoColumn& c, int place) {
     if (!c.by_row && c.dtype == Dtype::f32) return (const float*)c.data + at;
@@ -147,9 +120,8 @@ static void with_policy(const PpoLoss& p, F&& f) {
 
 // Valid tokens, and the sum of their log-ratios if the ratio is one a sequence.
 void ppo_row_sums(const PpoLoss& p, int64_t begin, int64_t end, double* count, double* log_ratio) {
-  Block block{p};
-  for (int64_t at = begin; at < end; at += BLOCK) {
-    block.move(at, end, 0);
+  Block block(p, begin, end, 0);
+  while (block.next()) {
     *count += block.sum_valid();
     if (!p.by_sequence) continue;
     const float *logp = block.column(p.logprobs, 0), *old = block.column(p.old_logprobs, 1);
@@ -164,12 +136,11 @@ void ppo_row_sums(const PpoLoss& p, int64_t begin, int64_t end, double* count, d
 // The derivative of a sequence's policy losses by its log-ratio.
 double ppo_row_slope(const PpoLoss& p, int64_t begin, int64_t end, int64_t row, float log_ratio) {
   if (log_ratio > BOUND || log_ratio < -BOUND) return 0;
-  Block block{p};
+  Block block(p, begin, end, row);
   const Vec ratio = exp(Vec(log_ratio));
   double sum = 0;
   with_policy(p, [&](auto policy) {
-    for (int64_t at = begin; at < end; at += BLOCK) {
-      block.move(at, end, row);
+    while (block.next()) {
       const float* a = block.column(p.advantages, 0);
       const float* weights = p.weights.data ? block.column(p.weights, 1) : nullptr;
       Vec total = 0.f;
@@ -217,7 +188,7 @@ static void policy_of_block(Block& block, const PpoRow& row, const P& policy, Pp
     cut += keep(valid, clipped);  // a ratio of the sequence is one of its masked tokens, too
     all += a;
     differences += d;
-    k3s += (token_ratio - Vec(1.f)) - bounded;
+    k3s += beyond_linear(bounded, token_ratio);
     const Vec of_valid = keep(valid, ratio);
     ratios += of_valid;
     highest = max(highest, of_valid);
@@ -242,8 +213,8 @@ static void kl_of_block(Block& block, const PpoRow& row, PpoSums& sums) {
       slope = d;
     } else if (p.kl_estimator == k3) {
       const Vec e = exp(negative(d));
-      kl = (e - Vec(1.f)) + d;
-      slope = Vec(1.f) - e;
+      kl = beyond_linear(negative(d), e);
+      slope = where_less(d * d, Vec(0.25f), d - kl, Vec(1.f) - e);
     }
     total += kl;
     if (p.kl_coef) store(grad + j, load(grad + j, lanes) + keep(valid, slope * coef), lanes);
@@ -254,13 +225,13 @@ static void kl_of_block(Block& block, const PpoRow& row, PpoSums& sums) {
 static void entropy_of_block(Block& block, const PpoRow& row, PpoSums& sums) {
   const PpoLoss& p = block.p;
   const float* entropy = block.column(p.entropy, 0);
-  float* grad = p.grad_entropy + block.at;
+  float* grad = p.grad_entropy ? p.grad_entropy + block.at : nullptr;
   const Vec coef = -p.entropy_coef * row.weight;
   Vec total = 0.f;
   for_each_vector(block.n, [&](int64_t j, int lanes) {
     const Vec valid = load(block.valid + j, lanes);
     total += keep(valid, load_on(entropy + j, lanes));
-    store(grad + j, keep(valid, coef), lanes);
+    if (grad) store(grad + j, keep(valid, coef), lanes);
   });
   sums.entropy = double(total.sum()) * row.weight;
 }
@@ -306,10 +277,17 @@ static void values_of_block(Block& block, const PpoRow& row, PpoSums& sums) {
 
 // The sums of tokens begin.. end of one row, and their gradients.
 void ppo_tokens(const PpoLoss& p, int64_t begin, int64_t end, int64_t index, const PpoRow& row, PpoSums& total) {
-  Block block{p};
+  Block block(p, begin, end, index);
+  int64_t done = begin;
+  const auto skip = [&](int64_t to) {  // to the next block: what is masked has gradient 0
+    for (float* grad : {p.grad_logprobs, p.grad_values, p.grad_entropy}) {
+      if (grad) std::fill(grad + done, grad + to, 0.f);
+    }
+  };
   with_policy(p, [&](auto policy) {
-    for (int64_t at = begin; at < end; at += BLOCK) {
-      block.move(at, end, index);
+    while (block.next()) {
+      skip(block.at);
+      done = block.at + block.n;
       PpoSums sums = {};
       sums.count = block.sum_valid();
       policy_of_block(block, row, policy, sums);
@@ -319,21 +297,11 @@ void ppo_tokens(const PpoLoss& p, int64_t begin, int64_t end, int64_t index, con
       add(total, sums);
     }
   });
+  skip(end);
 }
 
 void ppo_total(const PpoSums* parts, int64_t n, PpoSums& total) {
   for (int64_t i = 0; i < n; ++i) add(total, parts[i]);
-}
-
-// grad times the normaliser; a 0 stays one, whatever the normaliser is.
-void ppo_scale(const float* grad, float scale, Dtype dtype, void* out, int64_t begin, int64_t end) {
-  dispatch(dtype, [&](auto t) {
-    auto* to = (decltype(t)*)out;
-    for_each_vector(end - begin, [&](int64_t j, int lanes) {
-      const Vec g = load(grad + begin + j, lanes), scaled = g * Vec(scale);
-      store(to + begin + j, where_less(Vec(0.f), g, scaled, where_less(g, Vec(0.f), scaled, g)), lanes);
-    });
-  });
 }
 
 }  // namespace FASTLLM_ISA
@@ -349,10 +317,8 @@ FASTLLM_KERNEL(void, ppo_row_sums, (const PpoLoss&, int64_t, int64_t, double*, d
 FASTLLM_KERNEL(double, ppo_row_slope, (const PpoLoss&, int64_t, int64_t, int64_t, float))
 FASTLLM_KERNEL(void, ppo_tokens, (const PpoLoss&, int64_t, int64_t, int64_t, const PpoRow&, PpoSums&))
 FASTLLM_KERNEL(void, ppo_total, (const PpoSums*, int64_t, PpoSums&))
-FASTLLM_KERNEL(void, ppo_scale, (const float*, float, Dtype, void*, int64_t, int64_t))
 
 using Maybe = std::optional<Tensor>;
-enum PpoAggregation : int64_t { token_mean, seq_mean_token_sum, seq_mean_token_mean, token_sum_norm };
 
 // Tokens of one row that one thread works on at a time.
 struct PpoSegment { int64_t begin, end, row; };
@@ -407,12 +373,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss(
   p.value_coef = float(value_coef), p.entropy_coef = float(entropy_coef), p.kl_coef = float(kl_coef);
   p.kl_estimator = kl_estimator, p.variant = variant, p.by_sequence = level == 1;
 
-  std::vector<int64_t> sizes{1 + int64_t(bool(values)) + int64_t(bool(entropy))};
+  const bool stores_entropy = entropy && ppo_stores_entropy(aggregation);
+  std::vector<int64_t> sizes{1 + int64_t(bool(values)) + int64_t(stores_entropy)};
   for (int64_t d = 0; d < mask.dim(); ++d) sizes.push_back(mask.size(d));
   Tensor grads = fresh_float(logprobs, sizes);
   p.grad_logprobs = (float*)grads.mutable_data_ptr();
   p.grad_values = values ? p.grad_logprobs + tokens : nullptr;
-  p.grad_entropy = entropy ? p.grad_logprobs + (values ? 2 : 1) * tokens : nullptr;
+  p.grad_entropy = stores_entropy ? p.grad_logprobs + (values ? 2 : 1) * tokens : nullptr;
 
   const bool over_sequences = aggregation == seq_mean_token_sum || aggregation == seq_mean_token_mean;
   PpoRows rows;
@@ -480,31 +447,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss(
   return {loss, stats, grads, scale};
 }
 
-std::tuple<Tensor, Tensor, Tensor> ppo_loss_backward(
-    Tensor grad_loss, Tensor grads, Tensor scale, Tensor logprobs, Tensor, Tensor, Tensor mask, Maybe values, Maybe, Maybe,
-    Maybe entropy, Maybe, Maybe, Maybe, Maybe, double, double, double, double, double, double, double, double, int64_t,
-    int64_t, int64_t, int64_t) {
-  const int64_t tokens = mask.numel();
-  const float factor = *(const float*)grad_loss.const_data_ptr() * *(const float*)scale.const_data_ptr();
-  const float* from = (const float*)grads.const_data_ptr();
-  const auto kernel = FASTLLM_PICK(ppo_scale);
-  const auto scaled = [&](const Maybe& like) {
-    if (!like) return torch::stable::new_empty(grad_loss, {0});
-    Tensor out = fresh_like(*like);
-    void* to = out.mutable_data_ptr();
-    const Dtype dtype = dtype_of(out);
-    parallel_parts(tokens, parts_for(tokens, 1), [&](int64_t, int64_t b, int64_t e) { kernel(from, factor, dtype, to, b, e); });
-    from += tokens;
-    return out;
-  };
-  Tensor of_logprobs = scaled(logprobs), of_values = scaled(values), of_entropy = scaled(entropy);
-  return {of_logprobs, of_values, of_entropy};
-}
-
 }  // namespace fastllm
 
-STABLE_TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
-  m.impl("ppo_loss", TORCH_BOX(&fastllm::ppo_loss));
-  m.impl("ppo_loss_backward", TORCH_BOX(&fastllm::ppo_loss_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastllm, CPU, m) { m.impl("ppo_loss", TORCH_BOX(&fastllm::ppo_loss)); }
 #endif  // FASTLLM_BINDING

@@ -8,6 +8,14 @@ from typing import Any
 import torch
 
 
+def shown(value: Any) -> str:
+    """A value in a message, in one short line."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    line = " ".join(repr(value).split())
+    return line if len(line) <= 60 else f"{line[:57]}..."
+
+
 def is_tensor(name: str, value: Any) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -51,8 +59,8 @@ def apart(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) 
 
 def in_range(name: str, value: float, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
     """low <= value <= high, or low < value where `open_low`; an infinite bound must not be reached."""
-    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{name} must be a number, got {repr(value)[:60]}")
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
     above = value > low if open_low else value >= low
     if not above or not value <= high or value in (float("inf"), float("-inf")):
         bounds = f"{'>' if open_low else '>='} {low}" + (f" and <= {high}" if high != float("inf") else "")
@@ -62,7 +70,7 @@ def in_range(name: str, value: float, low: float, high: float = float("inf"), *,
 def is_count(name: str, value: Any, least: int, meaning: str = "") -> None:
     """An integer of at least `least`; `meaning` says in brackets what that is."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+        raise TypeError(f"{name} must be an integer, got {shown(value)}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}{meaning}, got {value}")
 
@@ -92,6 +100,6 @@ def is_cu_seqlens(name: str, value: Any, other_name: str, other: torch.Tensor) -
     return value.shape[0] - 1
 
 
-def one_of(name: str, value: Any, valid: tuple[Any, ...]) -> None:
-    if value not in valid:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, valid))}, got {value!r}")
+def one_of(name: str, value: Any, valid: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in valid:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, valid))}, got {shown(value)}")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ PUBLIC: dict[str, Op] = {}  # public op name -> the Op that does its work, for b
 ROUTES: dict[str, Callable[..., tuple[str, str, dict[str, str]]]] = {}
 COMPOSED: dict[str, str] = {}  # public op name -> what it is made of, where that is no Op of its own
 
+_HAS_TRITON = not triton.unavailable()
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 
@@ -90,6 +92,10 @@ class Op:
             )
             if there
         )
+        # The devices whose tensors go straight to PyTorch's dispatcher because a kernel of this op is registered for them. On
+        # any other the dispatcher has the definition, but below autograd, where a definition that differentiates finds nothing.
+        served = {"cpu": has_cpp, "cuda": "triton" in self.kernels and _HAS_TRITON}
+        self._devices = frozenset(device for device, there in served.items() if there)
         self.save, self.backward = save or _save_inputs, backward or self._backward_by_definition
         # An op that writes over its input serves inside other ops, below autograd, and has no gradient of its own.
         self.mutates = self.torch_op._schema.is_mutable
@@ -112,7 +118,7 @@ class Op:
                 )
             return self.definition(x, *args)
         # Eager calls skip the two crossings between Python and C++ that a gradient registered from Python costs.
-        if backends.forced is not None or x.dtype not in backends.KERNEL_DTYPES or x.device.type not in _KERNEL_DEVICES:
+        if backends.forced is not None or x.dtype not in backends.KERNEL_DTYPES or x.device.type not in self._devices:
             return self._dispatch(x, *args)
         if torch.is_grad_enabled() and not self.mutates and torch._C._any_requires_grad(x, *args):
             return _Eager.apply(self, self.torch_op, x, *args)
@@ -155,12 +161,6 @@ class Op:
         return vjp(self.definition, inputs, grads)
 
 
-# The devices whose tensors go straight to PyTorch's dispatcher because a kernel is registered for them.
-_KERNEL_DEVICES = frozenset(
-    device for device, missing in (("cpu", cpp.unavailable()), ("cuda", triton.unavailable())) if not missing
-)
-
-
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.layout = [(isinstance(i, torch.Tensor), None if isinstance(i, torch.Tensor) else i) for i in inputs]
     ctx.save_for_backward(*(i for i in inputs if isinstance(i, torch.Tensor)))
@@ -172,7 +172,7 @@ def vjp(definition: Callable[..., Any], inputs: Sequence[Any], grads: Sequence[A
     Differentiable itself when gradients are enabled, so that second derivatives exist.
     """
     again = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad(), _autograd():
         wanted = [isinstance(i, torch.Tensor) and i.is_floating_point() for i in inputs]
         if again:
             inputs = [i.view_as(i) if w and i.requires_grad else i for i, w in zip(inputs, wanted)]
@@ -193,6 +193,21 @@ def vjp(definition: Callable[..., Any], inputs: Sequence[Any], grads: Sequence[A
             )
     each = iter(found or [None] * sum(wanted))
     return tuple(next(each) if w else None for w in wanted)
+
+
+def _autograd() -> AbstractContextManager[Any]:
+    """PyTorch's autograd where the dispatcher has left it behind: in a definition that it runs as the op's kernel."""
+    if torch.compiler.is_compiling() or not torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD[1]):
+        return nullcontext()
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in _AUTOGRAD:
+        excluded = excluded.remove(key)
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+
+
+_AUTOGRAD = tuple(
+    getattr(torch._C.DispatchKey, f"Autograd{name}") for name in ("Functionality", "Other", "NestedTensor")
+)
 
 
 class _Eager(torch.autograd.Function):

@@ -47,7 +47,7 @@ def kl_estimate(difference: Tensor, estimator: str) -> Tensor:
     """Schulman's estimators (joschu.net/blog/kl-approx) of the KL divergence from the reference, of log p - log p_ref."""
     if estimator == "k1":
         return difference
-    return difference.square() / 2 if estimator == "k2" else torch.exp(-difference) - 1 + difference
+    return difference.square() / 2 if estimator == "k2" else torch.expm1(-difference) + difference
 
 
 def definition(
@@ -117,7 +117,7 @@ def definition(
     token_log_ratio = _bounded(token_log_ratio.detach())
     stats |= {
         "approx_kl": mean(given(old_logprobs) - logp),
-        "approx_kl_k3": mean(token_log_ratio.exp() - 1 - token_log_ratio),
+        "approx_kl_k3": mean(torch.expm1(token_log_ratio) - token_log_ratio),
         "clip_fraction": mean(clipped.to(dtype)),
         "ratio_mean": mean(ratio),
         "ratio_max": ratio.masked_fill(~mask, 0.0).amax() if mask.numel() else count,
@@ -148,7 +148,13 @@ def definition(
         loss = loss + _times(s.kl_coef, stats["kl"])
     told = torch.stack([stats.get(name, torch.zeros_like(loss)).detach() for name in STATS])
     # The gradients are the kernels' business: those of the definition come from it.
-    return loss, told, loss.new_zeros((1 + (values is not None) + (entropy is not None), *mask.shape)), scale
+    return loss, told, loss.new_zeros((stored(values, entropy, s.aggregation), *mask.shape)), scale
+
+
+def stored(values: Tensor | None, entropy: Tensor | None, aggregation: int) -> int:
+    """How many gradients `grads` holds: of logprobs, of values, and of entropy only where tokens differ in weight, since it is
+    one number for all valid ones otherwise."""
+    return 1 + (values is not None) + (entropy is not None and AGGREGATIONS[aggregation] == "seq-mean-token-mean")
 
 
 def _bounded(log_ratio: Tensor) -> Tensor:
@@ -170,7 +176,7 @@ def _row_of_token(cu_seqlens: Tensor, tokens: int) -> Tensor:
 def _fake(logprobs: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mask, values, entropy = rest[2], rest[3], rest[6]
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
-    grads = (1 + (values is not None) + (entropy is not None), *mask.shape)
+    grads = (stored(values, entropy, rest[-2]), *mask.shape)
     return tuple(logprobs.new_empty(shape, dtype=dtype) for shape in ((), (len(STATS),), grads, ()))  # type: ignore[return-value]
 
 

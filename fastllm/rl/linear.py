@@ -87,6 +87,7 @@ def linear_ppo_loss(
         "value_coef": value_coef, "level": level, "aggregation": aggregation, "num_items": num_items,
         "cu_seqlens": cu_seqlens, **options,
     }  # fmt: skip
+    _check.in_range("entropy_coef", entropy_coef, float("-inf"))
     rows = _Tokens(hidden, tokens, mask, bias, temperature, softcap, logit_scale, with_entropy or entropy_coef != 0)
     with torch.no_grad():  # ppo_loss's own checks of all that it is given, before any product
         zeros = torch.zeros(mask.shape, dtype=_softmax_rows.wide(hidden.dtype), device=mask.device)
@@ -194,9 +195,7 @@ def linear_sequence_logprobs(
         As ``linear_ppo_loss``.
     """
     rows = _Tokens(hidden, tokens, mask, bias, temperature, softcap, logit_scale, False)
-    if cu_seqlens is None and mask.dim() != 2:
-        raise ValueError(f"tokens must have shape (B, T), or (T,) with cu_seqlens, got {tuple(tokens.shape)}")
-    _check_packing(mask, cu_seqlens)
+    check_packing(mask, cu_seqlens)
 
     def body(h: Tensor, w: Tensor, b: Tensor | None, low_rank: tuple[Tensor, Tensor] | None) -> Tensor:
         return logprobs(rows.operands(h, w, b, low_rank), rows.target, rows.how)[0]
@@ -218,7 +217,7 @@ def sequence_logprobs(logprobs: Tensor, mask: Tensor, *, cu_seqlens: Tensor | No
         TypeError: mask is not bool, logprobs not floating-point or cu_seqlens not int32. ValueError: shapes do not match.
     """
     check_tokens(mask, logprobs=logprobs)
-    _check_packing(mask, cu_seqlens)
+    check_packing(mask, cu_seqlens)
     values = kept(logprobs, mask)
     if cu_seqlens is None:
         return values.sum(-1), mask.sum(-1)
@@ -231,13 +230,13 @@ def sequence_logprobs(logprobs: Tensor, mask: Tensor, *, cu_seqlens: Tensor | No
     )
 
 
-def _check_packing(mask: Tensor, cu_seqlens: Tensor | None) -> None:
+def check_packing(mask: Tensor, cu_seqlens: Tensor | None) -> None:
     if cu_seqlens is not None:
         if mask.dim() != 1:
             raise ValueError(f"cu_seqlens is for packed tokens of shape (T,), got mask of shape {tuple(mask.shape)}")
         _check.is_cu_seqlens("cu_seqlens", cu_seqlens, "mask", mask)
-    elif mask.dim() == 0:
-        raise ValueError("mask must have shape (B, T), got ()")
+    elif mask.dim() != 2:
+        raise ValueError(f"mask must have shape (B, T), or (T,) with cu_seqlens, got {tuple(mask.shape)}")
 
 
 class _Tokens:

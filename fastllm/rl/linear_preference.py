@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastllm.rl.linear import linear_sequence_logprobs
+from fastllm.ops import _check
+from fastllm.rl._masked import check_tokens
+from fastllm.rl.linear import check_packing, linear_sequence_logprobs
 from fastllm.rl.preference import PreferenceLoss, dpo_loss, kto_loss, orpo_loss, simpo_loss
 
 
@@ -46,13 +50,11 @@ def linear_dpo_loss(
     Raises:
         As ``linear_ppo_loss`` and ``dpo_loss``; ValueError for an odd number of sequences.
     """
-    halves = _pairs(mask, cu_seqlens)
-    dpo_loss(  # its checks, before any product
-        ref_chosen_logps, ref_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=beta, kind=kind,
-        label_smoothing=label_smoothing, num_items=num_items,
-    )  # fmt: skip
-    if ref_chosen_logps.shape[0] != halves:
-        raise ValueError(f"ref_chosen_logps must have shape ({halves},) (pairs), got {tuple(ref_chosen_logps.shape)}")
+    pairs = _pairs(mask, cu_seqlens)
+    for name, value in (("ref_chosen_logps", ref_chosen_logps), ("ref_rejected_logps", ref_rejected_logps)):
+        _check_row(name, value, pairs, "one for each pair", mask)
+    none, _ = _nothing(mask)
+    dpo_loss(none, none, none, none, beta=beta, kind=kind, label_smoothing=label_smoothing, num_items=num_items)
     chosen, rejected = _chosen_and_rejected(
         hidden, weight, tokens, mask, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
         cu_seqlens=cu_seqlens,
@@ -81,6 +83,8 @@ def linear_orpo_loss(
 
     Args, Returns and Raises: as ``linear_dpo_loss`` and ``orpo_loss``.
     """
+    none, of_none = _nothing(mask)
+    orpo_loss(none, none, of_none, of_none, beta=beta, num_items=num_items)
     (chosen, n), (rejected, m) = _chosen_and_rejected(
         hidden, weight, tokens, mask, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
         cu_seqlens=cu_seqlens,
@@ -107,6 +111,8 @@ def linear_simpo_loss(
 
     Args, Returns and Raises: as ``linear_dpo_loss`` and ``simpo_loss``.
     """
+    none, of_none = _nothing(mask)
+    simpo_loss(none, none, of_none, of_none, beta=beta, gamma=gamma, num_items=num_items)
     (chosen, n), (rejected, m) = _chosen_and_rejected(
         hidden, weight, tokens, mask, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
         cu_seqlens=cu_seqlens,
@@ -127,28 +133,61 @@ def linear_kto_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     cu_seqlens: Tensor | None = None,
-    **options: Any,
+    beta: float = 0.1,
+    kl: Tensor | None = None,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    num_items: Tensor | float | None = None,
+    distributed: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> PreferenceLoss:
     """``kto_loss`` of B responses from hidden states (B, T, C), tokens and mask (B, T).
 
     Args:
         hidden, weight, tokens, mask, bias, temperature, softcap, logit_scale, cu_seqlens: as in ``linear_ppo_loss``.
-        ref_logps, desirable, options: as in ``kto_loss``.
+        ref_logps, desirable, beta and all that follow: as in ``kto_loss``.
 
     Returns and Raises: as ``kto_loss`` and ``linear_ppo_loss``.
     """
+    rows = _sequences(mask, cu_seqlens)
+    _check_row("ref_logps", ref_logps, rows, "one for each sequence", mask)
+    how: dict[str, Any] = {
+        "beta": beta, "kl": kl, "desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight,
+        "num_items": num_items,
+    }  # fmt: skip
+    with torch.no_grad():
+        kto_loss(ref_logps, ref_logps, desirable, **how)
     logps, _ = linear_sequence_logprobs(
         hidden, weight, tokens, mask, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
         cu_seqlens=cu_seqlens,
     )  # fmt: skip
-    return kto_loss(logps, ref_logps, desirable, **options)
+    return kto_loss(logps, ref_logps, desirable, **how, distributed=distributed, group=group)
 
 
-def _pairs(mask: Tensor, cu_seqlens: Tensor | None) -> int:
-    sequences = mask.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+def _sequences(mask: Any, cu_seqlens: Any) -> int:
+    check_tokens(mask)
+    check_packing(mask, cu_seqlens)
+    return mask.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def _pairs(mask: Any, cu_seqlens: Any) -> int:
+    sequences = _sequences(mask, cu_seqlens)
     if sequences % 2:
-        raise ValueError(f"mask must have 2B sequences, the chosen ones first, got {sequences}")
+        name = "mask" if cu_seqlens is None else "cu_seqlens"
+        raise ValueError(f"{name} must be of 2B sequences, the chosen ones first, got {sequences}")
     return sequences // 2
+
+
+def _check_row(name: str, value: Any, rows: int, meaning: str, mask: Tensor) -> None:
+    _check.is_floating(name, value)
+    _check.has_shape(name, value, (rows,), meaning)
+    _check.same_device(name, value, "mask", mask)
+
+
+def _nothing(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and lengths of no pair: a loss of them makes its checks of numbers before there is any product."""
+    check_tokens(mask)
+    return torch.zeros(0, device=mask.device), torch.zeros(0, dtype=torch.int64, device=mask.device)
 
 
 def _chosen_and_rejected(

@@ -21,11 +21,8 @@ class PPOLoss(NamedTuple):
     stats: dict[str, Tensor]
 
 
-# Statistics that mean nothing without a tensor which a call need not give.
-_NEEDS = {
-    "value_loss": "values", "value_clip_fraction": "values", "returns_mean": "values", "value_mean": "values",
-    "explained_variance": "values", "entropy": "entropy", "kl": "ref_logprobs",
-}  # fmt: skip
+# Statistics that mean nothing without values.
+_OF_VALUES = ("value_loss", "value_clip_fraction", "returns_mean", "value_mean", "explained_variance")
 
 
 def ppo_loss(
@@ -164,18 +161,25 @@ def ppo_loss(
         value_clip or 0.0, value_coef, entropy_coef, kl_coef, KL_ESTIMATORS.index(kl_estimator), LEVELS.index(level),
         AGGREGATIONS.index(aggregation), VARIANTS.index(variant),
     )  # fmt: skip
-    absent = {n for n, t in (("values", values), ("entropy", entropy), ("ref_logprobs", ref_logprobs)) if t is None}
-    return PPOLoss(loss, {n: x for n, x in zip(STATS, stats.unbind()) if _NEEDS.get(n) not in absent})
+    told = dict(zip(STATS, stats.unbind()))
+    for given, needed_for in ((values, _OF_VALUES), (entropy, ("entropy",)), (ref_logprobs, ("kl",))):
+        if given is None:
+            for name in needed_for:
+                del told[name]
+    return PPOLoss(loss, told)
 
 
 def _operand(name: str, value: Tensor, logprobs: Tensor, by_row: bool = False) -> Tensor:
     """A token tensor after its checks; by_row: (B,) or (B, 1) will do as well, and comes back as (B,)."""
+    dtype, device = logprobs.dtype, logprobs.device
+    # The usual case first: what the host does for all the tensors of a call takes longer than a small batch's loss.
+    if type(value) is Tensor and value.dtype == dtype and value.shape == logprobs.shape and value.device == device:
+        return value
     _check.is_floating(name, value)
     if value.shape != logprobs.shape:
         rows = logprobs.shape[:1]
         if not (by_row and logprobs.dim() == 2 and value.shape in (rows, (*rows, 1))):
             _check.has_shape(name, value, logprobs.shape, "the shape of logprobs")
         value = value.reshape(rows)
-    if value.device != logprobs.device:
-        _check.same_device(name, value, "logprobs", logprobs)
-    return value.float() if value.dtype == torch.float64 != logprobs.dtype else value
+    _check.same_device(name, value, "logprobs", logprobs)
+    return value.float() if value.dtype == torch.float64 != dtype else value

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastllm
 from fastllm import backends, ops
-from fastllm.ops import rms_norm
+from fastllm.ops import _op, rms_norm
 
 
 def test_available_names_the_definition_first():
@@ -145,3 +145,26 @@ def test_global_random_state_is_untouched():
     before = torch.get_rng_state()
     rms_norm(torch.ones(2, 4))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_op_without_kernels_has_the_gradient_of_its_definition():
+    """Also where the dispatcher runs the definition as the kernel, below autograd."""
+
+    def backward_definition(grad, x):
+        return _op.vjp(torch.sin, [x], (grad,))[0]
+
+    backward = _op.Op(
+        "only_defined_backward(Tensor grad, Tensor x) -> Tensor", backward_definition, fake=lambda g, x: x.clone()
+    )
+    op = _op.Op(
+        "only_defined(Tensor x) -> Tensor", torch.sin, fake=torch.empty_like,
+        save=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+        backward=lambda ctx, grad: backward(grad, *ctx.saved_tensors),
+    )  # fmt: skip
+    x = torch.randn(5, requires_grad=True)
+    for call in (op, op.torch_op, torch.compile(op, fullgraph=True)):
+        torch.testing.assert_close(torch.autograd.grad(call(x).sum(), x)[0], x.detach().cos())
+    for call in (backward, backward.torch_op):
+        with torch.no_grad():
+            found = call(torch.ones(5), x.detach())
+        torch.testing.assert_close(found, x.detach().cos())

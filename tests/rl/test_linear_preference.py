@@ -142,25 +142,41 @@ def test_sums_and_lengths_of_responses_from_logits_and_from_hidden_states():
     torch.testing.assert_close(linear_sequence_logprobs(**learnt, tokens=tokens, mask=mask)[0], expected)
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"mask": torch.ones(3, 5, dtype=torch.bool)}, ValueError, "mask must have 2B sequences.*got 3"),
-        (
-            {"ref_chosen_logps": torch.zeros(1), "ref_rejected_logps": torch.zeros(1)},
-            ValueError, r"ref_chosen_logps must have shape \(2,\)",
-        ),
-        ({"kind": "apo"}, ValueError, "kind must be one of 'sigmoid', .*got 'apo'"),
-        ({"tokens": torch.zeros(4, 6, dtype=torch.long)}, ValueError, r"tokens must have shape \(4, 5\)"),
-        ({"cu_seqlens": torch.tensor([0, 5], dtype=torch.int32)}, ValueError, "mask must have 2B sequences"),
-        ({"weight": torch.nn.Conv1d(8, 37, 1)}, ValueError, "weight must be a tensor .*got a Conv1d"),
-    ],
-)  # fmt: skip
-def test_bad_arguments_are_named_before_any_product(monkeypatch, change, error, message):
+BAD = [
+    (linear_dpo_loss, {"mask": torch.ones(3, 5, dtype=torch.bool)}, ValueError, "mask must be of 2B sequences.*got 3"),
+    (linear_dpo_loss, {"mask": None}, TypeError, "mask must be a tensor, got NoneType"),
+    (linear_orpo_loss, {"mask": torch.ones(4, 5)}, TypeError, "mask must be a bool tensor"),
+    (linear_simpo_loss, {"mask": torch.ones(6, dtype=torch.bool)}, ValueError, r"mask must have shape \(B, T\), or"),
+    (linear_dpo_loss, {"ref_chosen_logps": torch.zeros(1)}, ValueError, r"ref_chosen_logps must have shape \(2,\)"),
+    (linear_dpo_loss, {"ref_rejected_logps": [0.0]}, TypeError, "ref_rejected_logps must be a tensor, got list"),
+    (linear_dpo_loss, {"kind": "apo"}, ValueError, "kind must be one of 'sigmoid', .*got 'apo'"),
+    (linear_dpo_loss, {"kind": torch.zeros(3, 9)}, ValueError, r"got a tensor of shape \(3, 9\)"),
+    (linear_dpo_loss, {"tokens": torch.zeros(4, 6, dtype=torch.long)}, ValueError, r"tokens must have shape \(4, 5\)"),
+    (linear_dpo_loss, {"cu_seqlens": torch.tensor([0, 5]).int()}, ValueError, r"cu_seqlens is for packed tokens"),
+    (linear_orpo_loss, {"cu_seqlens": [0, 5]}, ValueError, "cu_seqlens is for packed tokens"),
+    (linear_dpo_loss, {"weight": torch.nn.Conv1d(8, 37, 1)}, ValueError, "weight must be a tensor .*got a Conv1d"),
+    (linear_orpo_loss, {"beta": -1.0}, ValueError, "beta must be a finite number >= 0.0, got -1.0"),
+    (linear_orpo_loss, {"num_items": -1}, ValueError, "num_items must be a finite number"),
+    (linear_simpo_loss, {"beta": 0.0}, ValueError, "beta must be a finite number > 0.0, got 0.0"),
+    (linear_simpo_loss, {"gamma": True}, TypeError, "gamma must be a number, got True"),
+    (linear_kto_loss, {"beta": "x"}, TypeError, "beta must be a number, got 'x'"),
+    (linear_kto_loss, {"gamma": 1.0}, TypeError, "unexpected keyword argument 'gamma'"),
+    (linear_kto_loss, {"ref_logps": torch.zeros(3)}, ValueError, r"ref_logps must have shape \(4,\)"),
+    (linear_kto_loss, {"desirable": torch.ones(4)}, TypeError, "desirable must be a bool tensor"),
+]
+
+
+@pytest.mark.parametrize(("loss", "change", "error", "message"), BAD)
+def test_bad_arguments_are_named_before_any_product(monkeypatch, loss, change, error, message):
     monkeypatch.setattr(_linear_rows, "_sweep", lambda *a: pytest.fail("work was done"))
     good = {
         "hidden": torch.zeros(4, 5, 8), "weight": torch.zeros(37, 8), "tokens": torch.zeros(4, 5, dtype=torch.long),
-        "mask": torch.ones(4, 5, dtype=torch.bool), "ref_chosen_logps": torch.zeros(2), "ref_rejected_logps": torch.zeros(2),
+        "mask": torch.ones(4, 5, dtype=torch.bool),
     }  # fmt: skip
-    with pytest.raises(error, match=message):
-        linear_dpo_loss(**{**good, **change})
+    if loss is linear_dpo_loss:
+        good |= {"ref_chosen_logps": torch.zeros(2), "ref_rejected_logps": torch.zeros(2)}
+    if loss is linear_kto_loss:
+        good |= {"ref_logps": torch.zeros(4), "desirable": torch.ones(4, dtype=torch.bool)}
+    with pytest.raises(error, match=message) as caught:
+        loss(**{**good, **change})
+    assert "\n" not in str(caught.value)

@@ -334,6 +334,39 @@ def test_nan_of_a_valid_token_comes_out_as_the_definition_has_it(backend, device
             assert torch.equal(grad.isnan().cpu() & given["mask"], expected[1][n].isnan() & given["mask"]), (name, n)
 
 
+@each_backend
+def test_k3_near_the_reference_keeps_its_digits(backend, device):
+    """d²/2 of a difference d, of which e^-d - 1 + d would have none left in fp32: its mean and its gradient, d."""
+    given = {n: t for n, t in batch(2, 40, torch.float32, masked=0.0).items() if n in ("logprobs", "advantages", "mask")}
+    for size in (1e-4, 1e-2, 0.3, 0.49, 0.51):
+        given["logprobs"] = torch.rand(2, 40) * size  # as if near a certain token, where fp32 still tells differences apart
+        zero = torch.zeros(2, 40)
+        found, grads = run(
+            {**given, "advantages": zero, "old_logprobs": zero, "ref_logprobs": zero}, backend, device, kl_coef=1.0
+        )
+        d = given["logprobs"].double()
+        for value, exact in (
+            (found.stats["kl"], (torch.expm1(-d) + d).mean()),
+            (found.stats["approx_kl_k3"], (torch.expm1(d) - d).mean()),
+            (grads["logprobs"], -torch.expm1(-d) / 80),
+        ):
+            rounding = {"rtol": 2e-3, "atol": 2e-9} if backend == "torch" else {"rtol": 2e-6, "atol": 0.0}
+            torch.testing.assert_close(value.cpu().double(), exact, **rounding)
+
+
+@each_backend
+def test_padding_and_gaps_of_any_length_are_stepped_over(backend, device):
+    """Every length of what is masked before, between and after tokens, whatever blocks the kernels work in."""
+    length = 600 if backend == "triton" else 1100
+    given = batch(4, length, torch.float32, masked=0.0)
+    begin, end = torch.randint(length // 2, (4, 1)), length - torch.randint(length // 2 - 40, (4, 1))
+    at = torch.arange(length)
+    given["mask"] = (at >= begin) & (at < end) & ~((at >= begin + 7) & (at < begin + 20))
+    given = {n: t if n == "mask" else t.masked_fill(~given["mask"], torch.nan) for n, t in given.items()}
+    for how in ({}, {"aggregation": "seq-mean-token-mean", "level": "sequence"}):
+        check(given, torch.float32, backend, device, **COEFS, **how)
+
+
 def test_returns_that_do_not_vary_explain_nothing():
     given = batch(2, 5, torch.float32, masked=0.0) | {"returns": torch.full((2, 5), 3.0)}
     assert run(given)[0].stats["explained_variance"].item() == 0

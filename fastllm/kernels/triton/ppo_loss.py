@@ -21,6 +21,7 @@ ROW_BLOCK = 1024
 MAX_PROGRAMS = 2048
 SCALE_BLOCK = 1024
 STATS = 14
+_ENTROPY_COEF = 10  # its place among the arguments of the op that follow entropy
 TOKEN_MEAN, SEQ_TOKEN_SUM, SEQ_TOKEN_MEAN, SUM_NORM = range(4)
 PPO, CISPO, REINFORCE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 K1, K2 = tl.constexpr(0), tl.constexpr(1)
@@ -36,6 +37,14 @@ DIFFERENCE, THIRD, CLIPPED, VALUE_CLIPPED, RATIO, ADVANTAGES, VALUES = (tl.const
 def _clamp(x, lowest, highest):
     """NaN stays."""
     return tl.where(x > highest, highest, tl.where(x < lowest, lowest, x))
+
+
+@triton.jit
+def _beyond_linear(x, e):
+    """e^x - 1 - x, given e^x: below 1/2, where that difference would cancel, its series, to 4e-8 of it."""
+    s = 1.0 / 720 + x * (1.0 / 5040 + x * (1.0 / 40320))
+    s = 1.0 / 2 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * s)))
+    return tl.where(x * x < 0.25, x * x * s, e - 1.0 - x)
 
 
 @triton.jit
@@ -131,7 +140,8 @@ def _tokens_kernel(
     HAS_OLD_VALUES: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_REF: tl.constexpr, ESTIMATOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # TOKEN_AVERAGE: a token weighs 1 / valid tokens of its row. grads_ptr: (1 + HAS_VALUES + HAS_ENTROPY, tokens).
+    # TOKEN_AVERAGE: a token weighs 1 / valid tokens of its row. grads_ptr: (1 + HAS_VALUES + HAS_ENTROPY where
+    # TOKEN_AVERAGE, tokens).
     program = tl.program_id(0).to(tl.int64)
     count = 0.0
     policy_sum = 0.0
@@ -190,7 +200,7 @@ def _tokens_kernel(
         grad = slope * weight
         policy_sum += tl.sum(loss * weight, 0)
         difference_sum += tl.sum(difference, 0)
-        third_sum += tl.sum(token_ratio - 1.0 - bounded, 0)
+        third_sum += tl.sum(_beyond_linear(bounded, token_ratio), 0)
         clipped_sum += tl.sum(tl.where(clipped & valid, 1.0, 0.0), 0)
         ratio = tl.where(valid, ratio, 0.0)
         ratio_sum += tl.sum(ratio, 0)
@@ -206,8 +216,8 @@ def _tokens_kernel(
                 kl_slope = d
             else:
                 e = tl.exp(-d)
-                kl = e - 1.0 + d
-                kl_slope = 1.0 - e
+                kl = _beyond_linear(-d, e)
+                kl_slope = tl.where(d * d < 0.25, d - kl, 1.0 - e)
             kl_sum += tl.sum(kl * weight, 0)
             if kl_coef != 0:
                 grad += kl_coef * kl_slope * weight
@@ -246,10 +256,11 @@ def _tokens_kernel(
         if HAS_ENTROPY:
             entropy = _read(entropy_ptr, at, inside, valid)
             entropy_sum += tl.sum(entropy * weight, 0)
-            place = grads_ptr + at + tokens
-            if HAS_VALUES:
-                place += tokens
-            tl.store(place, -entropy_coef * weight, mask=inside)
+            if TOKEN_AVERAGE:  # otherwise its gradient is one number for all valid tokens
+                place = grads_ptr + at + tokens
+                if HAS_VALUES:
+                    place += tokens
+                tl.store(place, -entropy_coef * weight, mask=inside)
         count += here
     partial_ptr += program * WIDTH
     tl.store(partial_ptr + COUNT, count)
@@ -361,6 +372,15 @@ def _scale_kernel(grads_ptr, grad_loss_ptr, scale_ptr, out_ptr, tokens, BLOCK: t
     tl.store(out_ptr + at, narrow(tl.where(grad == 0, 0.0, grad * factor), out_ptr), mask=at < tokens)
 
 
+@triton.jit
+def _spread_kernel(mask_ptr, grad_loss_ptr, scale_ptr, out_ptr, tokens, coef, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    factor = tl.load(grad_loss_ptr) * tl.load(scale_ptr)
+    valid = tl.load(mask_ptr + at, mask=at < tokens, other=0) != 0
+    grad = tl.where(valid & (coef != 0), coef * factor, 0.0)
+    tl.store(out_ptr + at, narrow(grad, out_ptr), mask=at < tokens)
+
+
 def ppo_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, values: Tensor | None,
     old_values: Tensor | None, returns: Tensor | None, entropy: Tensor | None, ref_logprobs: Tensor | None,
@@ -379,7 +399,8 @@ def ppo_loss(
     def dense(t: Tensor | None) -> Tensor:
         return logprobs if t is None else t.contiguous()
 
-    grads = fresh(1 + (values is not None) + (entropy is not None), *mask.shape)
+    stored = 1 + (values is not None) + (entropy is not None and aggregation == SEQ_TOKEN_MEAN)
+    grads = fresh(stored, *mask.shape)
     loss, stats, scale = fresh(), fresh(STATS), fresh()
     programs = min(MAX_PROGRAMS, triton.cdiv(tokens, BLOCK))
     partial = fresh(programs, WIDTH.value)
@@ -423,19 +444,21 @@ def ppo_loss(
 
 def ppo_loss_backward(
     grad_loss: Tensor, grads: Tensor, scale: Tensor, logprobs: Tensor, _old: Tensor, _advantages: Tensor, mask: Tensor,
-    values: Tensor | None, _old_values: Tensor | None, _returns: Tensor | None, entropy: Tensor | None, *_: Any,
+    values: Tensor | None, _old_values: Tensor | None, _returns: Tensor | None, entropy: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     tokens, place = mask.numel(), 0
+    programs = (triton.cdiv(tokens, SCALE_BLOCK),)
     found = []
     for like in (logprobs, values, entropy):
         if like is None:
             found.append(grad_loss.new_empty(0))
             continue
         out = torch.empty_like(like, memory_format=torch.contiguous_format)
-        if tokens:
-            _scale_kernel[(triton.cdiv(tokens, SCALE_BLOCK),)](
-                grads[place], grad_loss, scale, out, tokens, BLOCK=SCALE_BLOCK
-            )
+        if tokens and place < grads.shape[0]:
+            _scale_kernel[programs](grads[place], grad_loss, scale, out, tokens, BLOCK=SCALE_BLOCK)
+        elif tokens:
+            valid, entropy_coef = mask.contiguous().view(torch.uint8), float(rest[_ENTROPY_COEF])
+            _spread_kernel[programs](valid, grad_loss, scale, out, tokens, -entropy_coef, BLOCK=SCALE_BLOCK)
         found.append(out)
         place += 1
     return tuple(found)  # type: ignore[return-value]
@@ -458,7 +481,7 @@ def configurations() -> list[Configuration]:
         "num_items",
     )
     signature = {f"{name}_ptr": "*fp32" for name in (*names, "loss", "stats", "scale", "grad_loss")}
-    signature |= {name: "fp32" for name in numbers} | {"mask_ptr": "*u8", "bounds_ptr": "*i32", "row_ptr": "*i32"}
+    signature |= {name: "fp32" for name in (*numbers, "coef")} | {"mask_ptr": "*u8", "bounds_ptr": "*i32", "row_ptr": "*i32"}
     signature |= {"rows": "i32", "length": "i32:16", "tokens": "i32:16", "programs": "i32"}
     found = []
     tokens = 4096 * 2048
@@ -494,4 +517,6 @@ def configurations() -> list[Configuration]:
         typed = {**signature, "out_ptr": triton_type(dtype)}
         label = f"ppo_loss backward {triton_type(dtype)[1:]}"
         found.append(Configuration(_scale_kernel, typed, {"BLOCK": SCALE_BLOCK}, label=label))
+        label = f"ppo_loss backward of entropy {triton_type(dtype)[1:]}"
+        found.append(Configuration(_spread_kernel, typed, {"BLOCK": SCALE_BLOCK}, label=label))
     return found
