@@ -51,8 +51,9 @@ def main(arguments: Sequence[str]) -> int:
 def _time(kernel: str, width: int, length: int, quick: bool) -> list[dict[str, Any]]:
     """A call with each of the tiles in one kernel's place, the others as shipped: what changes is that kernel's time."""
     from fastllm.kernels.triton import attention
+    from fastllm.kernels.triton.attention import tiles as shipped_tiles
 
-    chip = attention._chip(torch.device("cuda"))
+    chip = shipped_tiles.chip_of(torch.device("cuda"))
     q, k, v, grad = (torch.randn(1, 16, length, width, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     rest = (None, None, None, None, None, width**-0.5, True, 0, 0, 0.0)
     out, lse, lost = attention.forward(q, k, v, *rest)
@@ -63,14 +64,14 @@ def _time(kernel: str, width: int, length: int, quick: bool) -> list[dict[str, A
         else:
             attention.backward(grad, None, q, k, v, out, lse, lost, *rest)
 
-    place, shipped = (kernel, chip), attention._TILES.get((kernel, chip))
+    place, shipped = (kernel, chip), shipped_tiles.TILES.get((kernel, chip))
     flags = {"BLOCK_D": width, "BLOCK_DV": width, "MASK": False, "WINDOW": False, "SINKS": False}
-    own = attention._tiles(kernel, flags, torch.bfloat16, chip)
-    tried = [own] + [attention.Tiles(*t) for t in itertools.product(QUERIES, KEYS, WARPS, STAGES)]
+    own = shipped_tiles.tiles_for(kernel, flags, torch.bfloat16, chip)
+    tried = [own] + [shipped_tiles.Tiles(*t) for t in itertools.product(QUERIES, KEYS, WARPS, STAGES)]
     found = []
     try:
         for tiles in dict.fromkeys(tried[:3] if quick else tried):
-            attention._TILES[place] = (tiles, tiles, tiles)
+            shipped_tiles.TILES[place] = (tiles, tiles, tiles)
             try:
                 milliseconds = _median(call)
             except Exception as error:  # too much shared memory for this chip, mostly
@@ -82,9 +83,9 @@ def _time(kernel: str, width: int, length: int, quick: bool) -> list[dict[str, A
             )
     finally:
         if shipped is None:
-            del attention._TILES[place]
+            del shipped_tiles.TILES[place]
         else:
-            attention._TILES[place] = shipped
+            shipped_tiles.TILES[place] = shipped
     return found
 
 

@@ -133,7 +133,8 @@ def kernels(name: str) -> dict[str, str]:
     if op._triton is None and "triton" in op.kernels:
         return found | dict.fromkeys(("cpp", "triton"), "matrix products of torch around kernels of the other ops")
     if op._triton is not None:
-        file = f"fastllm/kernels/triton/{op._triton.split(':')[0]}.py"
+        file = f"fastllm/kernels/triton/{op._triton.split(':')[0]}"  # a folder, where one file would be too long
+        file += "" if (ROOT / file).is_dir() else ".py"
         found["triton"] = f"[{file}](../../{file})"
     return found
 

@@ -1,4 +1,4 @@
-"""Triton kernels and their launchers, one file per op. They take and return tensors; autograd is not their business.
+"""Triton kernels and their launchers, one file or folder per op. They take and return tensors; autograd is not their business.
 
 Conventions every file keeps: program ids and offsets that may pass 2^31 are int64; arithmetic is fp32; a launcher
 returns early on an empty grid; a kernel's shipped configurations are what its ``configurations()`` lists, so that
