@@ -1,30 +1,23 @@
-"""Pages and pictures of what a suite found out about models rather than kernels: docs/extrapolation.md."""
+"""Pages and pictures of what a suite found out about models rather than kernels: docs/extrapolation.md, docs/streaming-measured.md."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from bench import machine
+from bench import streaming_page as streaming
+from bench.curves import COLORS, by_position, spread, steps_of
 from bench.results import Unreadable, markdown
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Record = dict[str, Any]
 IMAGES = Path("images") / "evidence"
-COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#9A9A9A", "#0072B2", "#D55E00", "#CC79A7", "#8C6D31", "#7B3294")
-
-
-def steps_of(begin: int, end: int, count: int = 24) -> list[tuple[int, int]]:
-    """`count` stretches of positions, each as many times longer than the last."""
-    bounds = [round(begin * (end / begin) ** (n / count)) for n in range(count + 1)]
-    return list(pairwise(bounds))
 
 
 def draw(record: Record, folder: Path, suffix: str = ".png", note: str = "") -> list[Path]:
@@ -46,7 +39,7 @@ def extrapolation_page(record: Record, pictures: str) -> str:
 
     def perplexities(when: str) -> str:
         rows = [
-            [name, *(_spread([r["methods"][name][when]["buckets"][n] for r in runs]) for n in range(len(buckets)))]
+            [name, *(spread([r["methods"][name][when]["buckets"][n] for r in runs]) for n in range(len(buckets)))]
             for name in names
         ]
         return markdown(["", *buckets], rows)
@@ -108,32 +101,19 @@ def extrapolation_pictures(record: Record) -> dict[str, Figure]:
             for color, name in zip(COLORS, runs[0]["methods"]):
                 curve = [mean(r["methods"][name][when]["curve"][n] for r in runs) for n in range(len(places))]
                 axis.plot(places, curve, color=color, label=name, linewidth=2 if name in ("none", "yarn") else 1.2)
-            _by_position(axis, record["context"], title)
+            by_position(axis, record["context"], title)
         axes[0].set_ylabel("perplexity")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
         pyplot.close(figure)
     return {"positions": figure}
 
 
-def _by_position(axis: Axes, context: int, title: str) -> None:
-    axis.axvline(context, color="#999999", linewidth=1, linestyle=":")
-    axis.annotate(
-        "trained length",
-        (context, 0.98),
-        xycoords=("data", "axes fraction"),
-        rotation=90,
-        va="top",
-        ha="right",
-        fontsize=7,
-    )
-    axis.set(xscale="log", yscale="log", xlabel="position", title=title)
-    axis.set_xticks([16, 32, 64, 128, 256, 512, 1024], ["16", "32", "64", "128", "256", "512", "1024"])
-    axis.set_yticks([3, 4, 6, 10, 20, 40], ["3", "4", "6", "10", "20", "40"])
-    axis.minorticks_off()
-
-
-PAGES: dict[str, Callable[[Record, str], str]] = {"extrapolation": extrapolation_page}
-PICTURES: dict[str, Callable[[Record], dict[str, Figure]]] = {"extrapolation": extrapolation_pictures}
+PAGES: dict[str, Callable[[Record, str], str]] = {"extrapolation": extrapolation_page, "stream": streaming.page}
+PICTURES: dict[str, Callable[[Record], dict[str, Figure]]] = {
+    "extrapolation": extrapolation_pictures,
+    "stream": streaming.pictures,
+}
+NAMES = {"extrapolation": "extrapolation.md", "stream": "streaming-measured.md"}
 
 
 def files(results: Path) -> list[Path]:
@@ -166,13 +146,13 @@ def page(file: Path) -> str:
 
 def write(file: Path, docs: Path, digest: str) -> None:
     (docs / IMAGES).mkdir(parents=True, exist_ok=True)
-    (docs / f"{file.stem}.md").write_text(page(file), encoding="utf-8")
+    (docs / NAMES[file.stem]).write_text(page(file), encoding="utf-8")
     draw(load(file), docs / IMAGES, ".svg", digest)
 
 
 def old(file: Path, docs: Path, digest: str) -> list[Path]:
     """What is not as the file says."""
-    there, wrong = docs / f"{file.stem}.md", []
+    there, wrong = docs / NAMES[file.stem], []
     if not there.exists() or there.read_text(encoding="utf-8") != page(file):
         wrong.append(there)
     for name in PICTURES[file.stem](load(file)):
@@ -180,9 +160,3 @@ def old(file: Path, docs: Path, digest: str) -> list[Path]:
         if not picture.exists() or digest not in picture.read_text(encoding="utf-8"):
             wrong.append(picture)
     return wrong
-
-
-def _spread(values: Sequence[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
-    return f"{mean(values):.2f} ({min(values):.2f}–{max(values):.2f})"

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import fastllm
 from bench import evidence, machine, tiny_llama
+from bench.curves import steps_of
 from bench.suite import check_writable, console, parser
 from bench.tiny_llama import CONTEXT
 
@@ -235,7 +236,7 @@ def _perplexities(losses: Tensor) -> dict[str, list[float]]:
 
     return {
         "buckets": [over(begin, end) for begin, end in BUCKETS],
-        "curve": [over(begin, end) for begin, end in evidence.steps_of(BUCKETS[0][0], LENGTH)],
+        "curve": [over(begin, end) for begin, end in steps_of(BUCKETS[0][0], LENGTH)],
     }
 
 

@@ -19,6 +19,8 @@ def read(path: Path) -> list[Row]:
     """The rows of a suite; those of a training step as one row with its contestants, like every other case."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(rows, dict):
+            rows = rows["cost"]["rows"]  # a record of the streaming suite, whose other part has no times
         return rows_of(rows)
     except OSError as error:
         raise Unreadable(f"cannot read {path}: {error.strerror}") from None

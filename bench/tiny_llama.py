@@ -41,10 +41,19 @@ def build(seed: int, hidden: int = 128, layers: int = 4) -> nn.Module:
     )  # fmt: skip
 
 
-def train(seed: int, steps: int, *, bos: bool = True) -> nn.Module:
-    """A model of text, in rows of CONTEXT tokens."""
+def train(
+    seed: int,
+    steps: int,
+    *,
+    bos: bool = True,
+    learning_rate: float = LEARNING_RATE,
+    watch: Callable[[nn.Module, int], None] | None = None,
+    every: int = 0,
+) -> nn.Module:
+    """A model of text, in rows of CONTEXT tokens; ``watch(model, steps so far)`` after `every` steps and at the end."""
     model = build(seed)
-    tune(model, steps, texts(seed, BATCH, CONTEXT, bos=bos), LEARNING_RATE, warm_up=WARM_UP)
+    batches = texts(seed, BATCH, CONTEXT, bos=bos)
+    tune(model, steps, batches, learning_rate, warm_up=WARM_UP, watch=watch, every=every)
     return model
 
 
@@ -70,9 +79,11 @@ def tune(
     warm_up: int = 1,
     until: float = 0.0,
     weight_decay: float = 0.1,
+    watch: Callable[[nn.Module, int], None] | None = None,
+    every: int = 0,
 ) -> int:
     """AdamW over `steps` batches, patched while it lasts, the rate falling to a tenth unless it ends earlier, when the mean
-    loss of fifty steps is below `until`; returns the steps taken."""
+    loss of fifty steps is below `until`; returns the steps taken. `watch` sees the model in eval mode."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.95))
     last = 1.0 if until else 0.1
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -90,6 +101,10 @@ def tune(
             optimizer.zero_grad()
             schedule.step()
             found.append(loss.item())
+            if watch is not None and (len(found) % every == 0 or len(found) == steps):
+                model.eval()
+                watch(model, len(found))
+                model.train()
     model.eval()
     return len(found)
 

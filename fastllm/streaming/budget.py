@@ -13,6 +13,7 @@ from fastllm.errors import ConfigError
 
 if TYPE_CHECKING:
     from fastllm.streaming.cache import StreamingCache
+    from fastllm.streaming.eight import EightBits
     from fastllm.streaming.ring import Reach
     from fastllm.streaming.rotation import Keys
 
@@ -30,10 +31,15 @@ _UNITS = {
 }
 
 
-def bytes_of(keys: Keys, reach: Reach, batch: int) -> int:
+def bytes_of(keys: Keys, reach: Reach, batch: int, eight: EightBits | None) -> int:
     """Bytes of one layer's ring and masters."""
-    ring = reach.size * (keys.head_dim + keys.value_dim) * keys.dtype.itemsize
-    return batch * keys.heads * (ring + 2 * reach.sinks * keys.head_dim * 4)
+    return batch * keys.heads * (reach.size * _of_token(keys, eight) + 2 * reach.sinks * keys.head_dim * 4)
+
+
+def _of_token(keys: Keys, eight: EightBits | None) -> int:
+    """Bytes of one token's key and value in one head."""
+    numbers = keys.head_dim + keys.value_dim
+    return numbers * keys.dtype.itemsize if eight is None else numbers + 2 * 4  # two fp32 scales
 
 
 def parsed(memory: str | int) -> int:
@@ -47,7 +53,7 @@ def parsed(memory: str | int) -> int:
     return memory
 
 
-def window_for(model: nn.Module, memory: str | int, batch: int, sinks: int) -> int:
+def window_for(model: nn.Module, memory: str | int, batch: int, sinks: int, eight: EightBits | None = None) -> int:
     """The largest window of a StreamingCache for `batch` rows in `memory`."""
     from fastllm.streaming.model import examine
 
@@ -56,9 +62,9 @@ def window_for(model: nn.Module, memory: str | int, batch: int, sinks: int) -> i
         raise ConfigError(f"batch must be a number of rows, at least 1, got {batch!r}")
     found = examine(model, sinks, 1)
     pairs = list(zip(found.rotations.layers, found.reaches))
-    least = sum(bytes_of(keys, reach, batch) for keys, reach in pairs)
+    least = sum(bytes_of(keys, reach, batch, eight) for keys, reach in pairs)
     wide = [keys for keys, reach in pairs if reach.sinks == sinks and reach.window == 1]
-    each = sum(batch * keys.heads * (keys.head_dim + keys.value_dim) * keys.dtype.itemsize for keys in wide)
+    each = sum(batch * keys.heads * _of_token(keys, eight) for keys in wide)
     if least > allowed:
         raise ConfigError(
             f"{readable(allowed)} do not hold a StreamingCache of {sinks} sinks and a window of 1 for {batch} rows: that takes "
@@ -82,7 +88,7 @@ def check(cache: StreamingCache, batch: int, device: torch.device) -> None:
         if layer.is_initialized and layer.batch == batch:
             continue
         where = torch.device("cpu") if cache.offloading else keys.device
-        needed[where] = needed.get(where, 0) + bytes_of(keys, layer.reach, batch)
+        needed[where] = needed.get(where, 0) + bytes_of(keys, layer.reach, batch, cache.eight)
     for where, size in needed.items():
         free = _free(where)
         if free is not None and size > free:

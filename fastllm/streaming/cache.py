@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 from fastllm.errors import ConfigError
 from fastllm.rope.angles import Angles
 from fastllm.streaming import budget, rotation
+from fastllm.streaming.eight import named
 from fastllm.streaming.model import examine
 from fastllm.streaming.ring import Reach, RingLayer, Stream
 from fastllm.streaming.step import Frequencies, Piece, Step
@@ -43,8 +44,14 @@ class StreamingCache(Cache):
         sinks: first tokens that stay visible, S >= 0. With 0 the plain window.
         window: tokens, W >= 1; the query counts.
         offloading: keep keys and values on the CPU, and each layer's on its GPU only while it runs.
+        kv_dtype: "int8" or "fp8" (e4m3) keeps keys and values in 8 bits, with an fp32 scale for every token of a head: a quarter of
+            the memory of fp32, half of that of 16 bits. A number is then off by at most 1/254 of its head's largest, or in fp8
+            by 1/16 of itself; attention reads copies in the model's dtype, one layer's at a time. None: the model's dtype.
 
-    Memory: (S + W) keys and values of every row, allocated with the first tokens, and fp32 masters of the sinks.
+    Memory: (S + W) keys and values of every row, allocated with the first tokens, and fp32 masters of the sinks. While a prompt runs
+    past the window, those of at most 512 of its tokens more.
+    A forward pass that is interrupted leaves the cache as it was before it; a prompt that ran in pieces, as it was after the
+    last whole one, which `tokens_seen` tells.
     Under "dynamic" and "longrope" scaling the frequencies are those of a text of S + W tokens from the first token on.
     Gradients do not flow into the cache.
 
@@ -57,8 +64,16 @@ class StreamingCache(Cache):
     step_of = Step  # what a forward pass does; another one shows what goes wrong without
     own_frequencies = True  # for rope.lengthwise: this cache never needs to be filled again
 
-    def __init__(self, model: nn.Module, sinks: int = 4, window: int = 1020, *, offloading: bool = False) -> None:
-        found = examine(model, sinks, window)
+    def __init__(
+        self,
+        model: nn.Module,
+        sinks: int = 4,
+        window: int = 1020,
+        *,
+        offloading: bool = False,
+        kv_dtype: str | None = None,
+    ) -> None:
+        found, self.eight = examine(model, sinks, window), named(kv_dtype)
         self.stream = Stream()
         self.reach = Reach(sinks, window)
         self.rotations = found.rotations
@@ -70,7 +85,8 @@ class StreamingCache(Cache):
         self._tried: Step | None = None
         layers = zip(found.reaches, found.rotations.first, found.sliding)
         self.rings = [
-            RingLayer(self.stream, reach, found.rotations.layers[first], slides) for reach, first, slides in layers
+            RingLayer(self.stream, reach, found.rotations.layers[first], slides, self.eight)
+            for reach, first, slides in layers
         ]
         self.reaches = set(found.reaches)
         super().__init__(layers=list(self.rings), offloading=offloading, offload_only_non_sliding=False)
@@ -83,7 +99,8 @@ class StreamingCache(Cache):
         Raises:
             ConfigError: not even a window of 1 fits, with the sizes.
         """
-        return cls(model, sinks, budget.window_for(model, memory, batch, sinks), **options)
+        eight = named(options.get("kv_dtype"))
+        return cls(model, sinks, budget.window_for(model, memory, batch, sinks, eight), **options)
 
     # ---- what has passed ---------------------------------------------------------------------------------------------
 
@@ -120,12 +137,13 @@ class StreamingCache(Cache):
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """For masks, whose keys are counted from the first one in the cache."""
-        step = self.stream.step
-        if step is None:
+        step, place = self.stream.step, self.rings[layer_idx].place
+        if step is None or place is None:
             return self.get_seq_length(layer_idx)
-        return step.places[self.rings[layer_idx].reach].seen - step.length
+        return place.seen - step.length
 
     def reset(self) -> None:
+        self._pieces = []
         self.stream.counts, self.stream.columns, self.stream.step = None, 0, None
         self._tree = self._tried = None
         for layer in self.rings:
@@ -200,12 +218,11 @@ class StreamingCache(Cache):
         if step is None:
             raise ConfigError("no tree has been tried on this StreamingCache")
         for layer in self.rings:
-            place, pending, layer.pending = step.places[layer.reach], layer.pending, None
+            place = step.places[layer.reach]
             assert isinstance(place, Piece)
-            assert pending is not None
             place.keep(path)
-            place.remember(layer, *pending)
-            place.write(layer, *pending)
+            place.commit(layer)
+            layer.pending = None
         self.stream.counts = [n + len(path) for n in step.counts]
         self.stream.columns += len(path)
 
@@ -228,8 +245,10 @@ class StreamingCache(Cache):
                 f"this StreamingCache holds {len(stream.counts)} rows and was given {batch}: reset() it, or "
                 "batch_select_indices or batch_repeat_interleave first"
             )
-        if stream.step is not None and any(max(stream.counts or [0]) > reach.size for reach in stream.step.places):
-            raise ConfigError("a forward pass on this StreamingCache was interrupted: reset() it")
+        if (
+            stream.step is not None and stream.step.read
+        ):  # interrupted while it was writing: everything it needs is there
+            self._write(stream.step)
         stream.step = None
         self._check_scaling(module)
         if self._tree is not None and (batch != 1 or length != len(self._tree[0])):
@@ -261,6 +280,7 @@ class StreamingCache(Cache):
         stream.step = step = self.step_of(
             self.stream, self.angles, length - at, real, new, self.reaches, ids.device, self._tree
         )
+        step.ready(self.rings)
         return self._told(module, kwargs, step)
 
     def _told(self, module: nn.Module, kwargs: dict[str, Any], step: Step) -> dict[str, Any]:
@@ -297,15 +317,26 @@ class StreamingCache(Cache):
 
     def _end(self, output: Any) -> Any:
         """After the last piece: the cache has grown, and the outputs of all pieces become one."""
-        step, self.stream.step = self.stream.step, None
+        step = self.stream.step
         assert step is not None
-        pieces, self._pieces = self._pieces, []
         if step.tree is None:
-            self.stream.counts = [n + m for n, m in zip(step.counts, step.new)]
-            self.stream.columns += step.length
+            self._write(step)
         else:
-            self._tried = step
+            self.stream.step, self._tried = None, step
+        pieces, self._pieces = self._pieces, []
         return _joined([*pieces, output]) if pieces else output
+
+    def _write(self, step: Step) -> None:
+        """What every layer has read and is now to remember."""
+        step.read = True
+        for layer in self.rings:
+            if layer.pending is not None:
+                place = layer.place
+                assert isinstance(place, Piece)
+                place.commit(layer)
+                layer.pending = None
+        counts = [n + m for n, m in zip(step.counts, step.new)]
+        self.stream.counts, self.stream.columns, self.stream.step = counts, step.columns + step.length, None
 
     def _lengths(self, module: nn.Module, real: Tensor | None, batch: int, length: int) -> list[int]:
         """How many tokens go at once. While nothing is evicted: all. Then so few that their sinks, of which every query needs its
@@ -362,6 +393,7 @@ def _install(owner: nn.Module, rotary: list[nn.Module]) -> None:
             module.register_forward_hook(_table, with_kwargs=True)
 
 
+@torch.compiler.disable
 def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     kwargs = {**dict(zip(_parameters(_class(module)), args)), **kwargs}
     cache = kwargs.get("past_key_values")
@@ -374,6 +406,7 @@ def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return (), kwargs
 
 
+@torch.compiler.disable
 def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, StreamingCache):
@@ -389,11 +422,13 @@ def _forget(owner: nn.Module) -> None:
             _ACTIVE.pop(rotary, None)
 
 
+@torch.compiler.disable
 def _at_zero(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Its own table will not be used: one position is enough, and one at which nothing is rescaled."""
     return rotation.with_positions(args, kwargs, lambda ids: ids[..., :1] * 0) if module in _ACTIVE else None
 
 
+@torch.compiler.disable
 def _table(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     cache = _ACTIVE.get(module)
     if cache is None or cache.stream.step is None:

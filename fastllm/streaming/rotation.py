@@ -166,7 +166,8 @@ def _run(
     handles = [m.register_forward_hook(hook, with_kwargs=True) for m in rotary]
     handles += [m.register_forward_pre_hook(_at_one, with_kwargs=True) for m in rotary]
     try:
-        owner.eval()
+        for module in training:  # the flag alone: a train() of one's own may do more
+            module.training = False
         owner(input_ids=ids.expand(rows, -1), past_key_values=_recorder(seen, layers), use_cache=True)
     except Exception as error:  # of a model of any family
         if problems:

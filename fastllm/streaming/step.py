@@ -85,8 +85,10 @@ class Step:
     ) -> None:
         self.angles, self.length, self.device, self.tree = angles, length, device, tree
         self.counts, self.origin = stream.counts or [0] * len(new), stream.origin
+        self.columns = stream.columns
         self.new, self.real = new, real
         self.uniform = real is None and len(set(self.counts)) == 1
+        self.read = False  # whether every layer has read what it needs, so that only writing is left
         self.given = False  # whether the model has rotated by our tables
         self.rounded = True  # whether these were in its dtype
         self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
@@ -99,6 +101,15 @@ class Step:
             self.before = before
             self.positions = before + (steps if real is None else real.long().cumsum(1) - 1)
         self.places: dict[Reach, Place] = {reach: self._place(reach) for reach in reaches}
+
+    def ready(self, layers: list[RingLayer]) -> None:
+        """Lays out what each layer needs, so that a compiled decoding step looks up and computes nothing of it."""
+        for layer in layers:
+            place = layer.place = self.places[layer.reach]
+            layer.turn, layer.pending = None, None
+            if isinstance(place, Run | Rows) and place.turns and layer.rotation.table is not None:
+                cos, sin = self.turned(layer.rotation, layer.reach)
+                layer.turn = (cos[0, 0], sin[0, 0]) if isinstance(place, Run) else (cos, sin)
 
     def _place(self, reach: Reach) -> Place:
         if self.uniform and self.tree is None and (self.length == 1 or self.start + self.length <= reach.size):
@@ -164,20 +175,16 @@ class Run(Place):
     def __init__(self, step: Step, reach: Reach) -> None:
         super().__init__(step, reach)
         self.seen = min(step.start + step.length, reach.size)
-        self.slot = reach.slot(step.start)
+        # One token's slot as a tensor, so that a compiled step is the same for every slot
+        one = step.length == 1
+        slot = reach.slot(step.start)
+        self.slots = torch.full((1,), slot, device=step.device) if one else slice(slot, slot + step.length)
         self.sinks = max(0, min(step.length, reach.sinks - step.start))
         self.turns = reach.sinks > 0 and step.start + step.length > reach.size
 
     def store(self, layer: RingLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        assert layer.keys is not None
-        assert layer.values is not None
         step, start = self.step, self.step.start
-        if step.length == 1:
-            layer.keys[:, :, self.slot] = keys[:, :, 0]
-            layer.values[:, :, self.slot] = values[:, :, 0]
-        else:
-            layer.keys[:, :, start : start + step.length] = keys
-            layer.values[:, :, start : start + step.length] = values
+        layer.put((slice(None), slice(None), self.slots), keys, values)
         if self.sinks:
             assert layer.masters is not None
             cos, sin = (t[:, : self.sinks] for t in step.arriving(layer.rotation))
@@ -185,12 +192,10 @@ class Run(Place):
             layer.masters[:, :, :, start : start + self.sinks] = layer.unrotated(
                 keys[:, :, : self.sinks], cos.unsqueeze(1), sin.unsqueeze(1), factor
             )
-        if self.turns and layer.rotation.table is not None:
-            cos, sin = step.turned(layer.rotation, self.reach)
-            layer.keys[:, :, : self.reach.sinks] = layer.rotated(cos[0, 0], sin[0, 0])
-        if self.seen == self.reach.size:
-            return layer.keys, layer.values
-        return layer.keys[:, :, : self.seen], layer.values[:, :, : self.seen]
+        held, found = layer.held(self.seen)
+        if self.turns and layer.turn is not None:
+            held[:, :, : self.reach.sinks] = layer.rotated(*layer.turn)
+        return held, found
 
 
 class Rows(Place):
@@ -210,10 +215,7 @@ class Rows(Place):
         self.turns = reach.sinks > 0 and max(step.counts) + 1 > reach.size
 
     def store(self, layer: RingLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        assert layer.keys is not None
-        assert layer.values is not None
-        layer.keys[self.row, :, self.slots] = keys[:, :, 0]
-        layer.values[self.row, :, self.slots] = values[:, :, 0]
+        layer.put((self.row, slice(None), self.slots), keys[:, :, 0], values[:, :, 0])
         step = self.step
         if self.arrivals:
             assert layer.masters is not None
@@ -221,12 +223,12 @@ class Rows(Place):
             came = layer.unrotated(keys[self.arrivals, :, 0], cos, sin, _factor(step, layer))
             for n, b in enumerate(self.arrivals):
                 layer.masters[:, b, :, step.counts[b]] = came[:, n]
-        if self.turns and layer.rotation.table is not None:
-            cos, sin = step.turned(layer.rotation, self.reach)  # (B, 1, S, D): the 1 is that of the heads as well
-            turned = layer.rotated(cos, sin).to(layer.keys.dtype)
+        held, found = layer.held(self.seen)
+        if self.turns and layer.turn is not None:
+            turned = layer.rotated(*layer.turn).to(held.dtype)
             moved = (step.evicted(self.reach) > 0)[:, :, None, None]  # the others keep their keys to the last bit
-            layer.keys[:, :, : self.reach.sinks] = torch.where(moved, turned, layer.keys[:, :, : self.reach.sinks])
-        return layer.keys[:, :, : self.seen], layer.values[:, :, : self.seen]
+            held[:, :, : self.reach.sinks] = torch.where(moved, turned, held[:, :, : self.reach.sinks])
+        return held, found
 
 
 class Piece(Place):
@@ -302,28 +304,33 @@ class Piece(Place):
         self.masters = masters
 
     def store(self, layer: RingLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        assert layer.keys is not None
-        assert layer.values is not None
+        """Nothing is written yet: what new tokens evict is part of what this step attends to, and, if it is interrupted, of what the
+        next one does."""
         step = self.step
-        parts = [[layer.keys[:, :, : self.held], keys], [layer.values[:, :, : self.held], values]]
-        if step.tree is None:
-            self.remember(layer, keys, values)
-        else:
-            layer.pending = (keys, values)
+        layer.pending = (keys, values)
+        parts = [[old, new] for old, new in zip(layer.held(self.held), layer.rounded(keys, values))]
         if self.copies:
+            self.remember(layer, keys)
             cos, sin = (t.flatten(1, 2).unsqueeze(1) for t in step.turned(layer.rotation, self.reach))
             assert layer.masters is not None
             masters = layer.masters.unsqueeze(3).expand(-1, -1, -1, step.length, -1, -1).flatten(3, 4)
             turned = (masters[0] * cos).addcmul_(masters[1], sin).to(keys.dtype)
             parts[0].append(turned)
-            parts[1].append(self._sink_values(layer, values))
-        # Writing comes last: what the ring held is part of what this step attends to.
-        found = torch.cat(parts[0], 2), torch.cat(parts[1], 2)
-        if step.tree is None:
-            self.write(layer, keys, values)
-        return found
+            parts[1].append(self._sink_values(layer, parts[1][1]))
+        return torch.cat(parts[0], 2), torch.cat(parts[1], 2)
 
-    def remember(self, layer: RingLayer, keys: Tensor, values: Tensor) -> None:
+    def commit(self, layer: RingLayer) -> None:
+        """Writes what the step brought; to do so twice does no harm."""
+        assert layer.pending is not None
+        keys, values = layer.pending
+        self.remember(layer, keys)
+        rows, columns, slots = (t.to(keys.device) for t in (self.rows, self.columns, self.slots))
+        if self.step.uniform:
+            layer.put((slice(None), slice(None), slots), keys[:, :, columns], values[:, :, columns])
+        else:
+            layer.put((rows, slice(None), slots), keys[rows, :, columns], values[rows, :, columns])
+
+    def remember(self, layer: RingLayer, keys: Tensor) -> None:
         """Masters of the sinks among the new tokens."""
         if not self.masters:
             return
@@ -338,22 +345,11 @@ class Piece(Place):
             )  # fmt: skip
 
     def _sink_values(self, layer: RingLayer, values: Tensor) -> Tensor:
-        assert layer.values is not None
-        there = layer.values[:, :, : self.reach.sinks].clone()
+        there = layer.held(self.reach.sinks)[1].clone()
         for b, column, token in self.masters:
             rows = slice(None) if self.step.uniform else slice(b, b + 1)
             there[rows, :, token] = values[rows, :, column]
         return there.unsqueeze(2).expand(-1, -1, self.step.length, -1, -1).flatten(2, 3)
-
-    def write(self, layer: RingLayer, keys: Tensor, values: Tensor) -> None:
-        assert layer.keys is not None
-        assert layer.values is not None
-        rows, columns, slots = (t.to(keys.device) for t in (self.rows, self.columns, self.slots))
-        for ring, new in ((layer.keys, keys), (layer.values, values)):
-            if self.step.uniform:
-                ring[:, :, slots] = new[:, :, columns]
-            else:
-                ring[rows, :, slots] = new[rows, :, columns]
 
 
 def _factor(step: Step, layer: RingLayer) -> float:

@@ -10,6 +10,7 @@ from transformers import AutoConfig
 import fastllm
 from fastllm.errors import ConfigError
 from fastllm.streaming import StreamingCache
+from fastllm.streaming.step import Piece
 from tests.patching.models import llama, of, tokens
 from tests.streaming import reference
 
@@ -219,6 +220,13 @@ def test_models_without_rope_are_refused_with_the_reason(name, said):
         StreamingCache(model)
 
 
+def test_a_model_is_asked_without_a_call_of_its_train():
+    model = llama()
+    model.train = model.model.train = lambda *_: 1 / 0  # PEFT merges its weights there, others move theirs
+    StreamingCache(model, 4, 12)
+    assert all(module.training for module in model.modules())
+
+
 def test_the_model_stays_what_it_was():
     model, ids = llama().eval(), tokens(2, 20)
     with torch.no_grad():
@@ -245,18 +253,64 @@ def test_attention_that_takes_no_masks_reads_what_is_over_token_by_token(monkeyp
         fed(model, ids, cache, 40, attention_mask=mask)
 
 
-def test_a_forward_that_failed_over_evictions_is_not_continued_in_silence():
-    model, ids = llama().eval(), tokens(1, 30)
+@pytest.mark.parametrize("patched", [False, True], ids=["plain", "patched"])
+@pytest.mark.parametrize("seen", [0, 2, 14, 30])  # sinks to come, then some; the ring not full; evictions
+@pytest.mark.parametrize("length", [1, 5, 40])
+def test_a_forward_that_was_interrupted_leaves_the_cache_as_it_was_before_it(seen, length, patched):
+    model, ids, other = llama().eval(), tokens(2, 60), tokens(2, 60) + 1
+    expected = reference.logits(model, ids, 4, 12)
+    if patched:
+        fastllm.patch(model)
     cache = StreamingCache(model, 4, 12)
-    fed(model, ids, cache, 30)
+    if seen:
+        fed(model, ids[:, :seen], cache, seen)
     handle = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        fed(model, ids[:, :1], cache, 1)
+        fed(model, other[:, :length], cache, length)
     handle.remove()
-    with pytest.raises(ConfigError, match="interrupted"):
-        fed(model, ids[:, :1], cache, 1)
-    cache.reset()
-    torch.testing.assert_close(fed(model, ids, cache, 30), reference.logits(model, ids, 4, 12), **TIGHT)
+    assert cache.tokens_seen == cache.get_seq_length() == seen
+    for piece in (1, 7, 60):
+        after = copy.deepcopy(cache)
+        torch.testing.assert_close(fed(model, ids[:, seen:], after, piece), expected[:, seen:], **TIGHT)
+
+
+def test_a_prompt_that_was_interrupted_goes_on_after_its_last_whole_piece():
+    model, ids, calls = llama().eval(), tokens(2, 80), []
+    expected = reference.logits(model, ids, 4, 12)
+    cache = StreamingCache(model, 4, 12)
+
+    def third(*_):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    handle = model.model.layers[1].register_forward_pre_hook(third)
+    with pytest.raises(KeyboardInterrupt):
+        fed(model, ids, cache, 80)
+    handle.remove()
+    seen = cache.tokens_seen
+    assert 16 < seen < 80
+    torch.testing.assert_close(fed(model, ids[:, seen:], cache, 80), expected[:, seen:], **TIGHT)
+    assert cache.tokens_seen == 80
+
+
+def test_what_was_interrupted_while_it_was_written_is_finished(monkeypatch):
+    model, ids = llama().eval(), tokens(2, 60)
+    expected = reference.logits(model, ids, 4, 12)
+    cache, commits, commit = StreamingCache(model, 4, 12), [], Piece.commit
+
+    def second(self, layer):
+        commits.append(layer)
+        if len(commits) == 2:
+            raise KeyboardInterrupt
+        commit(self, layer)
+
+    fed(model, ids[:, :20], cache, 20)
+    monkeypatch.setattr(Piece, "commit", second)
+    with pytest.raises(KeyboardInterrupt):
+        fed(model, ids[:, 20:30], cache, 10)
+    torch.testing.assert_close(fed(model, ids[:, 30:], cache, 7), expected[:, 30:], **TIGHT)
+    assert cache.tokens_seen == 60
 
 
 def test_a_model_in_another_dtype_begins_anew():
