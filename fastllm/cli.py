@@ -108,13 +108,15 @@ def _parser() -> _Parser:
     train = commands.add_parser(
         "train",
         parents=[shared],
-        help="train or tune a model on files of text or conversations",
+        help="train or tune a model on files of text, conversations or preferences",
         description="Trains as a YAML file says. Every key of transformers.TrainingArguments may stand in it, beside those that "
         "docs/training.md lists. The same file runs on many GPUs: deepspeed --module fastllm.train CONFIG, or torchrun -m "
         "fastllm.train CONFIG. Checkpoints, metrics and the model go into a folder of their own under output_dir.",
     )
     train.add_argument(
-        "config", metavar="CONFIG", help="a YAML file, or an example that comes with fastllm: pretrain, sft, mixed"
+        "config",
+        metavar="CONFIG",
+        help="a YAML file, or an example that comes with fastllm: pretrain, sft, mixed, rm, dpo",
     )
     train.add_argument(
         "overrides", metavar="KEY=VALUE", nargs="*", help="put over the file's; rope.method=yarn reaches inside"

@@ -180,7 +180,7 @@ class DeferredLogits(Deferred):
     def _then(
         self, step: Callable[[Tensor], Tensor], scale: float, softcap: float | None, dtype: torch.dtype
     ) -> DeferredLogits:
-        after = DeferredLogits(self.hidden, self.weight, self.bias)
+        after = type(self)(self.hidden, self.weight, self.bias)
         after.scale, after.softcap, after.steps, after.dtype = scale, softcap, (*self.steps, step), dtype
         after.versions = self.versions
         return after

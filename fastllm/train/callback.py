@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from fastllm.train.throughput import CONVENTIONS, StepFlops, Throughput, peak_flops, step_flops
+from fastllm.train.throughput import CONVENTIONS, StepFlops, Throughput, forward_flops, peak_flops, step_flops
 
 _PARTS = ("data", "forward_backward", "optimizer")
 
@@ -142,6 +142,18 @@ class ThroughputCallback(TrainerCallback):
             _Batch(ids.shape, inputs.get("attention_mask"), inputs.get("position_ids"), labels)
         )
 
+    def trained_on(self, tokens: Tensor | int) -> None:
+        """For a trainer whose model is not given its labels: how many tokens of the batch that just went forward are trained on."""
+        if self._current and self._current.batches:
+            self._current.batches[-1].count = tokens
+
+    def ran_forward(self, model: nn.Module, inputs: dict[str, Tensor], *, adapters: bool = True) -> None:
+        """For a trainer that needs another model's forward pass, a reference's say, or its own model's without `adapters`: its
+        FLOPs belong to the step, its tokens do not."""
+        if self._current:
+            masks = (inputs.get("attention_mask"), inputs.get("position_ids"))
+            self._current.forwards.append((model, adapters, _Batch(inputs["input_ids"].shape, *masks, None)))
+
     def _drain(self) -> _Sum:
         """The steps of this process since the last log, summed; waits for the device once."""
         if self._steps:
@@ -153,10 +165,14 @@ class ThroughputCallback(TrainerCallback):
             points = [step.begun, step.data, backward, step.end]
             parts = [self._clock.between(a, b) for a, b in pairwise(points)]
             flops = step_flops(self._model, lengths, convention=self.convention)
+            besides = sum(
+                forward_flops(model, batch.lengths(), convention=self.convention, adapters=adapters)
+                for model, adapters, batch in step.forwards
+            )
             trained = sum(batch.trained() for batch in step.batches)
             one = _Sum(
                 1, sum(b.shape.numel() for b in step.batches), sum(lengths), trained, len(lengths),
-                dict(zip(_PARTS, parts)), flops.model, flops.hardware,
+                dict(zip(_PARTS, parts)), flops.model + besides, flops.hardware + besides,
             )  # fmt: skip
             done.add(one)
             if self._warm:
@@ -223,6 +239,7 @@ class _Batch:
     mask: Any
     positions: Any
     labels: Any
+    count: Any = None  # tokens trained on, where there are no labels
 
     def lengths(self) -> list[int]:
         """Real tokens of every row; of a packed batch, where positions begin again, of every row in it."""
@@ -240,7 +257,7 @@ class _Batch:
     def trained(self) -> int:
         """Positions whose prediction counts in the loss; a row's first label is predicted by nothing."""
         if not isinstance(self.labels, Tensor):
-            return 0
+            return int(self.count or 0)
         return int((self.labels[..., 1:] != -100).sum())
 
 
@@ -251,6 +268,7 @@ class _Step:
     backward: Any = None
     end: Any = None
     batches: list[_Batch] = field(default_factory=list)
+    forwards: list[tuple[nn.Module, bool, _Batch]] = field(default_factory=list)
 
 
 @dataclass

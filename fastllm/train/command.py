@@ -42,6 +42,8 @@ def finish(run: Run, *, as_json: bool) -> None:
     said = [f"{result.steps} steps, mean training loss {result.train_loss:.4f}"]
     if result.best_perplexity is not None:
         said.append(f"best validation perplexity {result.best_perplexity:.4f}")
+    elif result.best_eval_loss is not None:
+        said.append(f"best validation loss {result.best_eval_loss:.4f}")
     if speed:
         said.append(f"{speed['tgs_real']:,.0f} real tokens per second and device, {speed['tflops']:.3g} TFLOPS")
     print(", ".join(said) + f"\nmodel: {result.final}")

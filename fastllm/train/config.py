@@ -21,9 +21,11 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from fastllm.errors import ConfigError
 from fastllm.train import zero
+from fastllm.train.losses import DPOOptions, RewardOptions
 
-STAGES = ("pretrain", "sft", "mixed")
-LATER = ("rm", "dpo", "ppo", "conditional")  # named in the interface, not there yet
+STAGES = ("pretrain", "sft", "mixed", "rm", "dpo")
+PREFERENCES = ("rm", "dpo")  # stages on pairs of answers
+LATER = ("ppo", "conditional")  # named in the interface, not there yet
 
 
 @dataclass
@@ -76,6 +78,19 @@ class DataOptions:
 
 
 @dataclass
+class LossOptions:
+    """The losses of the stages on preferences, as mappings that are checked against classes of their own."""
+
+    dpo: dict[str, Any] | None = field(
+        default=None, metadata={"help": "stage dpo: loss, beta, label_smoothing, gamma; see fastllm.train.losses"}
+    )
+    rm: dict[str, Any] | None = field(default=None, metadata={"help": "stage rm: center, margin"})
+
+
+_INSIDE: dict[str, Any] = {"dpo": DPOOptions, "rm": RewardOptions}
+
+
+@dataclass
 class Arguments(TrainingArguments):
     """transformers' TrainingArguments, with defaults for language models and two keys that write DeepSpeed's JSON."""
 
@@ -103,6 +118,8 @@ class Options:
     data: DataOptions
     arguments: Arguments
     values: dict[str, Any]
+    dpo: DPOOptions
+    rm: RewardOptions
 
 
 # Keys that fastllm decides itself, and what to use instead.
@@ -162,9 +179,7 @@ def parse(values: dict[str, Any]) -> Options:
     types_of = {name: hint for cls in _CLASSES for name, hint in _hints(cls).items()}
     types_of |= {name: hint for name, hint in _old_names(types_of).items() if name not in types_of}
     for key in values:
-        if key not in types_of:
-            near = difflib.get_close_matches(key, types_of, n=1, cutoff=0.5)
-            raise ConfigError(f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        _check_known(key, types_of)
         if key in _TAKEN:
             raise ConfigError(f"{key} cannot be set: {_TAKEN[key]}")
     missing = [
@@ -174,6 +189,7 @@ def parse(values: dict[str, Any]) -> Options:
         raise ConfigError(f"the configuration lacks {' and '.join(missing)}")
     checked = {key: _coerced(key, value, types_of[key]) for key, value in values.items()}
     _check_alone(checked)
+    inside = {key: _inside(key, checked.get(key) or {}) for key in _INSIDE}
     if checked.get("eval_data") and "eval_strategy" not in checked:
         checked["eval_strategy"] = "steps" if "eval_steps" in checked else "epoch"
     settled = dict(checked)
@@ -191,19 +207,37 @@ def parse(values: dict[str, Any]) -> Options:
     try:
         if settled.get("deepspeed") is not None:
             zero.join()
-        model, data, arguments = HfArgumentParser(_CLASSES).parse_dict(settled)  # type: ignore[arg-type]
+        model, data, _, arguments = HfArgumentParser(_CLASSES).parse_dict(settled)  # type: ignore[arg-type]
     except ConfigError:
         raise
     except Exception as error:  # TrainingArguments checks its fields in many ways, each with its own type of error
         raise ConfigError(" ".join(str(error).split())) from error
-    return Options(model, data, arguments, checked)
+    return Options(model, data, arguments, checked, **inside)
 
 
 _CLASSES = (
     ModelOptions,
     DataOptions,
+    LossOptions,
     Arguments,
 )  # of unions with str, HfArgumentParser wants str second, hence the noqa
+
+
+def _inside(key: str, values: dict[str, Any]) -> Any:
+    """The mapping under `key` as its own dataclass."""
+    cls = _INSIDE[key]
+    hints = _hints(cls)
+    for name in values:
+        _check_known(name, hints, f"{key}: ")
+    found = cls(**{name: _coerced(f"{key}.{name}", value, hints[name]) for name, value in values.items()})
+    found.check()
+    return found
+
+
+def _check_known(key: str, known: Any, where: str = "") -> None:
+    if key not in known:
+        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+        raise ConfigError(f"{where}unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
 def _hints(cls: type) -> dict[str, Any]:
@@ -257,6 +291,11 @@ def _check_alone(values: dict[str, Any]) -> None:
         for key in ("pretrain_data", "pretrain_share"):
             if values.get(key) is not None:
                 raise ConfigError(f"{key} belongs to stage mixed, not to {stage}")
+    for key in _INSIDE:
+        if values.get(key) is not None and stage != key:
+            raise ConfigError(f"{key} belongs to stage {key}, not to {stage}")
+    if stage in PREFERENCES and values.get("train_on_prompt"):
+        raise ConfigError(f"train_on_prompt belongs to conversations; stage {stage} compares answers alone")
     if (share := values.get("pretrain_share")) is not None and not 0 < share < 1:
         raise ConfigError(f"pretrain_share must lie between 0 and 1, got {share}")
     for key, least in (

@@ -27,6 +27,7 @@ _SHOWN = 10  # bad rows that a message names
 WANTED = {
     "text": "texts: rows of {text}, or .txt files",
     "conversation": "conversations: rows with prompts and responses",
+    "preference": "preferences: rows of {prompt, chosen, rejected}",
 }
 
 
@@ -70,7 +71,8 @@ class Report:
 
 @dataclass(frozen=True)
 class Data:
-    """Tokenised rows: a datasets.Dataset with columns input_ids, length and, where not all tokens are trained on, labels."""
+    """Tokenised rows: a datasets.Dataset with columns input_ids, length and, where not all tokens are trained on, labels. A
+    preference is one row, both its conversations one after the other, and has a column `chosen`, the tokens of the first."""
 
     rows: Any
     report: Report
@@ -91,7 +93,7 @@ def prepare(
     Args:
         sources: files and folders of .jsonl, .parquet and .txt.
         encoder: with the tokenizer and the lengths.
-        kind: "text" or "conversation"; rows of another kind are bad.
+        kind: "text", "conversation" or "preference"; rows of another kind are bad.
         on_bad_row: "error", or "skip" to train on the others. Either way they are counted and the first ten shown.
         cache: a folder; default $FASTLLM_CACHE or ~/.cache/fastllm.
         key: of the configuration, for messages.
@@ -136,7 +138,7 @@ def _fingerprint(paths: list[Path], encoder: Encoder, kind: str, folder: Path) -
         "files": [files.digest(path, folder) + path.suffix.lower() for path in paths],
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        "template": str(tokenizer.chat_template) if kind == "conversation" else None,
+        "template": str(tokenizer.chat_template) if kind != "text" else None,
         "kind": kind,
         "max_length": encoder.max_length,
         "train_on_prompt": encoder.train_on_prompt,
@@ -149,8 +151,10 @@ def _write(paths: list[Path], encoder: Encoder, kind: str, on_bad_row: str, arro
     import pyarrow
 
     columns = [("input_ids", pyarrow.list_(pyarrow.int32())), ("length", pyarrow.int32())]
-    if kind == "conversation" and not encoder.train_on_prompt:
+    if kind == "preference" or (kind == "conversation" and not encoder.train_on_prompt):
         columns.insert(1, ("labels", pyarrow.list_(pyarrow.int32())))
+    if kind == "preference":
+        columns.append(("chosen", pyarrow.int32()))
     schema = pyarrow.schema(columns)
     report = Report()
     fresh = arrow.with_suffix(f".{os.getpid()}.part")
@@ -187,7 +191,8 @@ def _encoded(path: Path, encoder: Encoder, kind: str, on_bad_row: str, report: R
                 yield [row for rows in encoder.texts([example for _, example in batch]) for row in rows]
             continue
         good = []
-        for (line, _), row in zip(batch, encoder.chats([example for _, example in batch])):
+        encode = encoder.preferences if kind == "preference" else encoder.chats
+        for (line, _), row in zip(batch, encode([example for _, example in batch])):
             if isinstance(row, RowError):
                 _note(report, path, line, str(row))
             else:
@@ -223,8 +228,7 @@ def _batches(examples: Iterable[tuple[int, Any]], rows: int, characters: int) ->
     size = 0
     for line, example in examples:
         held.append((line, example))
-        text = getattr(example, "text", None)
-        size += len(text) if text is not None else sum(len(m["content"]) for m in example.messages)
+        size += example.characters
         if len(held) >= rows or size >= characters:
             yield held
             held, size = [], 0
@@ -244,6 +248,8 @@ def _batch(rows: list[Encoded], schema: Any) -> Any:
         arrays.insert(
             1, pyarrow.ListArray.from_arrays(offsets, pyarrow.array(numpy.where(trained, ids, -100).astype("i4")))
         )
+    if "chosen" in schema.names:
+        arrays.append(pyarrow.array([row.chosen for row in rows], type=pyarrow.int32()))
     return pyarrow.record_batch(arrays, schema=schema)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastllm.errors import ConfigError
-from fastllm.train.formats import Chat, Message, RowError, Text
+from fastllm.train.formats import Chat, Message, Preference, RowError, Text
 
 # Templates for tokenizers without one.
 TEMPLATES = {
@@ -24,13 +24,18 @@ TEMPLATES = {
 }
 
 
+_Tokens = tuple[list[int], list[tuple[int, int]]]  # ids, and the characters of each
+
+
 @dataclass(frozen=True)
 class Encoded:
-    """A row of token ids. `trained` has an element per token, or is None where all are trained on. `cut`: some were left out."""
+    """A row of token ids. `trained` has an element per token, or is None where all are trained on. `cut`: some were left out.
+    Of a preference the row is the chosen conversation, `chosen` tokens long, and after it the rejected one."""
 
     input_ids: list[int]
     trained: list[bool] | None = None
     cut: bool = False
+    chosen: int = 0
 
 
 def use_template(tokenizer: Any, template: str | None) -> None:
@@ -84,10 +89,7 @@ class Encoder:
 
     def chats(self, chats: Sequence[Chat]) -> list[Encoded | RowError]:
         """The row of each conversation, or what is wrong with it."""
-        if not self.tokenizer.chat_template:
-            raise ConfigError(
-                "the tokenizer has no chat template, which conversations need: give chat_template, 'plain' say, or a Jinja file"
-            )
+        self._need_template()
         results: list[Encoded | RowError] = []
         rendered: list[_Rendered | RowError] = []
         for chat in chats:
@@ -108,9 +110,65 @@ class Encoder:
                 results.append(error)
         return results
 
+    def preferences(self, preferences: Sequence[Preference]) -> list[Encoded | RowError]:
+        """The row of each preference, or what is wrong with it. Only the answers, the last turns, are marked as trained on. Where
+        either is too long, both lose the same of their prompt."""
+        self._need_template()
+        rendered: list[list[_Rendered] | RowError] = []
+        for preference in preferences:
+            try:
+                rendered.append(
+                    [self._answered(preference.prompt, a) for a in (preference.chosen, preference.rejected)]
+                )
+            except RowError as error:
+                rendered.append(error)
+        ids = iter(self._tokens([one.text for pair in rendered if isinstance(pair, list) for one in pair]))
+        results: list[Encoded | RowError] = []
+        for preference, pair in zip(preferences, rendered):
+            if isinstance(pair, RowError):
+                results.append(pair)
+                continue
+            try:
+                results.append(self._paired(preference, [self._marked(one, next(ids)) for one in pair]))
+            except RowError as error:
+                results.append(error)
+        return results
+
+    def _need_template(self) -> None:
+        if not self.tokenizer.chat_template:
+            raise ConfigError(
+                "the tokenizer has no chat template, which conversations need: give chat_template, 'plain' say, or a Jinja file"
+            )
+
+    # ---- preferences ---------------------------------------------------------------------------------------------
+
+    def _paired(self, preference: Preference, rows: list[Encoded]) -> Encoded:
+        if cut := max(len(row.input_ids) for row in rows) > self.max_length:
+            answers = (preference.chosen, preference.rejected)
+
+            def render(messages: list[Message]) -> list[_Rendered]:
+                return [self._answered(messages[:-1], answer) for answer in answers]
+
+            whole = [*preference.prompt, {"role": "assistant", "content": preference.chosen}]
+            rows = [self._marked(one, ids) for one, ids in zip(*self._without_the_earliest(whole, render))]
+            begin = self._spare(max(len(row.input_ids) for row in rows), min(row.trained.index(True) for row in rows))  # type: ignore[union-attr]
+            kept = slice(begin, begin + self.max_length)
+            rows = [Encoded(row.input_ids[kept], (row.trained or [])[kept]) for row in rows]
+        chosen, rejected = rows
+        if chosen.input_ids == rejected.input_ids:
+            raise RowError(f"chosen and rejected are the same in the {self.max_length} tokens of max_length")
+        if not (any((chosen.trained or [])[1:]) and any((rejected.trained or [])[1:])):
+            raise RowError("of chosen or rejected no token is left")
+        trained = [*(chosen.trained or ()), *(rejected.trained or ())]
+        return Encoded(chosen.input_ids + rejected.input_ids, trained, cut, len(chosen.input_ids))
+
+    def _answered(self, prompt: list[Message], answer: str) -> _Rendered:
+        rendered = self._render([*prompt, {"role": "assistant", "content": answer}])
+        return _Rendered(rendered.text, rendered.spans[-1:])
+
     # ---- conversations -------------------------------------------------------------------------------------------
 
-    def _tokens(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    def _tokens(self, texts: list[str]) -> list[_Tokens]:
         if not texts:
             return []
         found = self.tokenizer(
@@ -118,7 +176,7 @@ class Encoder:
         )
         return list(zip(found["input_ids"], found["offset_mapping"]))
 
-    def _marked(self, rendered: _Rendered, tokens: tuple[list[int], list[tuple[int, int]]]) -> Encoded:
+    def _marked(self, rendered: _Rendered, tokens: _Tokens) -> Encoded:
         ids, offsets = tokens
         if self.train_on_prompt:
             return Encoded(ids)
@@ -136,32 +194,38 @@ class Encoder:
 
     def _shortened(self, chat: Chat) -> Encoded:
         """Without the earliest exchanges, as many as it takes; the system's message stays."""
-        first = [m for m in chat.messages[:1] if m["role"] == "system"]
-        rest = chat.messages[len(first) :]
+        (rendered,), (tokens,) = self._without_the_earliest(chat.messages, lambda messages: [self._render(messages)])
+        return Encoded(*self._squeezed(self._marked(rendered, tokens)), cut=True)
+
+    def _without_the_earliest(
+        self, messages: list[Message], render: Callable[[list[Message]], list[_Rendered]]
+    ) -> tuple[list[_Rendered], list[_Tokens]]:
+        """What `render` makes of the messages and its tokens, with the fewest exchanges left out with which all of it fits, or with
+        the last one alone."""
+        first = [m for m in messages[:1] if m["role"] == "system"]
+        rest = messages[len(first) :]
         starts = [n for n, m in enumerate(rest) if m["role"] == "user"] or [0]
         starts = [n for n in starts if any(m["role"] == "assistant" for m in rest[n:])] or [0]
         low, high = 0, len(starts) - 1
-        while low < high:  # the fewest exchanges to leave out
+        while low < high:
             middle = (low + high) // 2
-            rendered = self._render(first + rest[starts[middle] :])
-            if len(self._tokens([rendered.text])[0][0]) <= self.max_length:
+            found = self._tokens([one.text for one in render(first + rest[starts[middle] :])])
+            if all(len(ids) <= self.max_length for ids, _ in found):
                 high = middle
             else:
                 low = middle + 1
-        rendered = self._render(first + rest[starts[low] :])
-        row = self._marked(rendered, self._tokens([rendered.text])[0])
-        return Encoded(*self._squeezed(row), cut=True)
+        rendered = render(first + rest[starts[low] :])
+        return rendered, self._tokens([one.text for one in rendered])
 
     def _squeezed(self, row: Encoded) -> tuple[list[int], list[bool] | None]:
         """The last exchange alone is too long: the prompt loses its beginning, down to half a row, then the answer its end."""
         ids, trained = row.input_ids, row.trained
-        over = len(ids) - self.max_length
-        if over <= 0:
-            return ids, trained
-        prompt = trained.index(True) if trained else 0
-        spare = min(over, max(0, prompt - self.max_length // 2))
-        kept = slice(spare, spare + self.max_length)
+        begin = self._spare(len(ids), trained.index(True) if trained else 0)
+        kept = slice(begin, begin + self.max_length)
         return ids[kept], trained[kept] if trained else None
+
+    def _spare(self, tokens: int, prompt: int) -> int:
+        return max(0, min(tokens - self.max_length, prompt - self.max_length // 2))
 
     def _render(self, messages: list[Message]) -> _Rendered:
         whole = self._template(messages)

@@ -5,6 +5,8 @@ Names that begin with ``example:`` stand for them in a configuration, and are ma
 - ``example:llama``: a Llama of a million parameters, untrained, whose tokens are bytes.
 - ``example:sources``, ``example:held-out``: modules of the standard library, as texts.
 - ``example:questions``, ``example:held-out-questions``: "What does json.dumps do?" with the docstring's first line, as conversations.
+- ``example:preferences``, ``example:held-out-preferences``: "How much is 7 plus 5?", where "It is 12." is chosen and "It is twelve."
+  rejected. Right answers are a matter of looking: the chosen one has digits.
 """
 
 from __future__ import annotations
@@ -134,6 +136,32 @@ def _questions(held_out: bool) -> Iterator[dict[str, Any]]:
                 }
 
 
+def _preferences(held_out: bool) -> Iterator[dict[str, Any]]:
+    for one in range(40):
+        for other in range(40):
+            if ((one + 3 * other) % 16 == 0) == held_out:
+                total = one + other
+                yield {
+                    "prompt": f"How much is {one} plus {other}?",
+                    "chosen": f"It is {total}.",
+                    "rejected": f"It is {_spelt(total)}.",
+                }
+
+
+def _spelt(number: int) -> str:
+    """A number below 100 in words."""
+    if number < len(_SMALL):
+        return _SMALL[number]
+    return _TENS[number // 10 - 2] + (f"-{_SMALL[number % 10]}" if number % 10 else "")
+
+
+_SMALL = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
+    "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+)  # fmt: skip
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+
+
 def _lines(rows: Callable[[], Iterator[dict[str, Any]]]) -> Callable[[Path], None]:
     def make(path: Path) -> None:
         with path.open("w", encoding="utf-8") as file:
@@ -150,4 +178,6 @@ _MAKERS: dict[str, Callable[[Path], None]] = {
     "held-out": _lines(lambda: _sources(True)),
     "questions": _lines(lambda: _questions(False)),
     "held-out-questions": _lines(lambda: _questions(True)),
+    "preferences": _lines(lambda: _preferences(False)),
+    "held-out-preferences": _lines(lambda: _preferences(True)),
 }

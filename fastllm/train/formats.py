@@ -24,6 +24,10 @@ class Text:
     text: str
     kind = "text"
 
+    @property
+    def characters(self) -> int:
+        return len(self.text)
+
 
 @dataclass(frozen=True)
 class Chat:
@@ -31,6 +35,10 @@ class Chat:
 
     messages: list[Message]
     kind = "conversation"
+
+    @property
+    def characters(self) -> int:
+        return sum(len(m["content"]) for m in self.messages)
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,10 @@ class Preference:
     chosen: str
     rejected: str
     kind = "preference"
+
+    @property
+    def characters(self) -> int:
+        return 2 * sum(len(m["content"]) for m in self.prompt) + len(self.chosen) + len(self.rejected)
 
 
 @dataclass(frozen=True)
@@ -83,8 +95,13 @@ def recognise(row: dict[str, Any]) -> Text | Chat | Preference | Prompt:
 
 
 def _preference(row: dict[str, Any]) -> Preference:
-    prompt = _as_messages("prompt", row.get("prompt"))
-    chosen, rejected = (_answer(key, row.get(key)) for key in ("chosen", "rejected"))
+    for key in ("prompt", "chosen", "rejected"):
+        if key not in row:
+            raise RowError(f"there is no {key}: a preference has prompt, chosen and rejected")
+    prompt = _as_messages("prompt", row["prompt"])
+    if prompt[-1]["role"] == "assistant":
+        raise RowError("prompt ends with the assistant's turn, which chosen and rejected are")
+    chosen, rejected = (_answer(key, row[key]) for key in ("chosen", "rejected"))
     if chosen == rejected:
         raise RowError("chosen and rejected are the same")
     return Preference(prompt, chosen, rejected)
@@ -121,7 +138,7 @@ def _answer(key: str, value: Any) -> str:
         messages = _messages(key, value)
         if len(messages) != 1 or messages[0]["role"] != "assistant":
             raise RowError(f"{key} must be a text or one message of the assistant, got {len(messages)} messages")
-        return str(messages[0]["content"])
+        value = messages[0]["content"]
     return _text(key, value)
 
 

@@ -35,8 +35,15 @@ def load_tokenizer(options: ModelOptions) -> Any:
     return tokenizer
 
 
-def load_model(options: ModelOptions, tokenizer: Any, max_length: int) -> Any:
-    """The causal LM of a run, ready to train: in its dtype, with RoPE rescaled, adapters added and kernels patched in.
+def load_model(
+    options: ModelOptions, tokenizer: Any, max_length: int, *, stage: str = "sft", reference: bool = False
+) -> Any:
+    """The model of a run, ready to train: in its dtype, with RoPE rescaled, adapters added and kernels patched in.
+
+    Args:
+        stage: "rm" has a head with one score instead of one for tokens; "dpo" takes its loss from hidden states, so that the
+            model's own stays unpatched.
+        reference: without adapters, and without a word about what was done.
 
     Raises:
         ConfigError: no model at the place named, a tokenizer with more tokens than the model, or options that do not fit it.
@@ -49,29 +56,35 @@ def load_model(options: ModelOptions, tokenizer: Any, max_length: int) -> Any:
         raise ConfigError(
             f"the tokenizer has {len(tokenizer)} tokens and the model {vocabulary}: they do not belong together"
         )
-    dtype = getattr(torch, options.dtype)
+    kind: Any = transformers.AutoModelForCausalLM
+    if stage == "rm":
+        kind = transformers.AutoModelForSequenceClassification
+        config.num_labels = 1
+        config.get_text_config().pad_token_id = tokenizer.pad_token_id  # the score is read at the last other token
+    more: dict[str, Any] = {"dtype": getattr(torch, options.dtype)}
+    tell = _silent if reference else _tell
     try:
         if options.from_scratch:
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = kind.from_config(config, **more)
         else:
-            model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+            model = kind.from_pretrained(options.model, config=config, **more)
     except Exception as error:
         hint = "" if options.from_scratch else "; from_scratch: true would begin with random weights"
         raise ConfigError(f"cannot load {options.model}: {_first_line(error)}{hint}") from error
     if options.rope:
         extension = fastllm.extend_context(model, **_rope(options.rope))
-        _tell(str(extension))
+        tell(str(extension))
     known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if known and max_length > known:
         raise ConfigError(
             f"max_length is {max_length}, and the model reads {known} tokens: lower it, or give rope with max_length: {max_length}"
         )
-    if options.lora:
-        model = _with_adapters(model, options.lora)
+    if options.lora and not reference:
+        model = _with_adapters(model, options.lora, "SEQ_CLS" if stage == "rm" else "CAUSAL_LM")
     if options.patch is not False:
         ops = "auto" if options.patch is True else options.patch
         try:
-            _tell(str(fastllm.patch(model, ops)))
+            tell(str(fastllm.patch(model, ops, exclude=("loss",) if stage in ("rm", "dpo") else ())))
         except ValueError as error:
             raise ConfigError(f"patch: {error}") from None
     return model
@@ -114,19 +127,23 @@ def _rope(rope: dict[str, Any]) -> dict[str, Any]:
     return {"method": "yarn", **rope}
 
 
-def _with_adapters(model: Any, settings: dict[str, Any]) -> Any:
+def _with_adapters(model: Any, settings: dict[str, Any], task: str) -> Any:
     try:
         import peft
     except ImportError:
         raise ConfigError("lora needs peft: pip install peft") from None
     try:
-        config = peft.LoraConfig(**{"task_type": "CAUSAL_LM", **settings})
+        config = peft.LoraConfig(**{"task_type": task, **settings})
         adapted = peft.get_peft_model(model, config)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"lora: {_first_line(error)}") from error
     trained, whole = adapted.get_nb_trainable_parameters()
     _tell(f"LoRA: {trained:,} of {whole:,} parameters are trained")
     return adapted
+
+
+def _silent(text: str) -> None:
+    pass
 
 
 def _tell(text: str) -> None:

@@ -131,7 +131,7 @@ def labels_of(row: dict[str, Any]) -> Tensor:
 def check_rows_stay_apart(model: Any) -> None:
     """Proves on the model itself that the rows of a packed batch do not see each other, before training relies on it.
 
-    The logits of a row must not depend on the row packed in front of it.
+    What is computed for a row, logits or hidden states, must not depend on the row packed in front of it.
 
     Raises:
         ConfigError: they do, because attention, or whatever else mixes tokens, reaches across the rows.
@@ -148,7 +148,10 @@ def check_rows_stay_apart(model: Any) -> None:
             for before in (first, other):
                 batch = PackingCollator()([{"input_ids": before}, {"input_ids": second}])
                 del batch["labels"]
-                found = model(**{k: v.to(parameter.device) for k, v in batch.items()}, use_cache=False).logits
+                inputs = {k: v.to(parameter.device) for k, v in batch.items()}
+                output = model(**inputs, use_cache=False, output_hidden_states=True)
+                every_token = output.logits.dim() == 3  # not so of a model that scores whole rows
+                found = output.logits if every_token else output.hidden_states[-1]
                 logits.append(found[0, 9:].float())
     finally:
         model.train(training)

@@ -24,12 +24,15 @@ from fastllm import __version__
 from fastllm.errors import ConfigError
 from fastllm.train import checkpoint, models
 from fastllm.train.callback import ThroughputCallback, read_metrics
-from fastllm.train.config import Options
+from fastllm.train.config import PREFERENCES, Options
 from fastllm.train.data import Data, prepare
+from fastllm.train.dpo import DPOTrainer
 from fastllm.train.encode import Encoder, use_template
 from fastllm.train.examples import resolve
 from fastllm.train.mixing import MixedCollator, MixedDataset
 from fastllm.train.packing import PackedDataset, PackingCollator, PaddingCollator, check_rows_stay_apart
+from fastllm.train.pairs import PairCollator
+from fastllm.train.reward import RewardTrainer, score_head
 from fastllm.train.trainer import Trainer, perplexity
 
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "deepspeed", "triton")
@@ -43,7 +46,8 @@ class Result:
     final: str
     steps: int
     train_loss: float
-    best_perplexity: float | None
+    best_perplexity: float | None  # of stages that learn to continue text
+    best_eval_loss: float | None
     throughput: dict[str, float]
 
 
@@ -68,26 +72,27 @@ class Run:
         with args.main_process_first(local=True, desc="tokenising"):
             sets = _read(options, self.tokenizer)
         transformers.set_seed(args.seed)  # whatever came before, a model from scratch and its adapters are the same
-        model = models.load_model(options.model, self.tokenizer, data_options.max_length)
+        stage = data_options.stage
+        model = models.load_model(options.model, self.tokenizer, data_options.max_length, stage=stage)
         if self.resumed:
             checkpoint.check_same_model(self.resumed, model)
         sharded = any(hasattr(p, "ds_id") for p in model.parameters())  # ZeRO-3: nothing runs before training begins
         if data_options.packing and not sharded:
             check_rows_stay_apart(model)
-        collator: Any = PackingCollator() if data_options.packing else PaddingCollator(self.tokenizer.pad_token_id or 0)
         training = _arranged(sets, options)
         _check_batches(training, options)
         self.folder = self.resumed.parent if self.resumed else _new_run(options)
         args.output_dir = str(self.folder)
         args.disable_tqdm = True  # ThroughputCallback has the progress bar
-        self.trainer = Trainer(
+        kind, more = _trainer(options, model, self.tokenizer)
+        self.trainer = kind(
             model=model,
             args=args,
             train_dataset=training,
             eval_dataset=_packed(sets["eval_data"], options) if "eval_data" in sets else None,
-            data_collator=MixedCollator(collator) if isinstance(training, MixedDataset) else collator,
+            data_collator=_collator(options, self.tokenizer),
             processing_class=self.tokenizer,
-            pretrain_share=data_options.pretrain_share or 0.5,
+            **more,
         )
         self.trainer.remove_callback(transformers.PrinterCallback)
         if data_options.packing and sharded:
@@ -111,9 +116,33 @@ class Run:
             str(final),
             done.global_step,
             done.training_loss,
-            None if best is None else perplexity(best),
+            None if best is None or self.options.data.stage in PREFERENCES else perplexity(best),
+            best,
             self.throughput.average,
         )
+
+
+def _trainer(options: Options, model: Any, tokenizer: Any) -> tuple[type[Trainer], dict[str, Any]]:
+    """The Trainer of the stage, and what it takes besides what all take."""
+    stage = options.data.stage
+    if stage == "rm":
+        score_head(model)
+        return RewardTrainer, {"options": options.rm}
+    if stage == "dpo":
+        reference = None
+        if options.dpo.needs_reference and not options.model.lora:
+            transformers.set_seed(options.arguments.seed)  # from scratch, the same weights again
+            length = options.data.max_length
+            reference = models.load_model(options.model, tokenizer, length, stage=stage, reference=True)
+        return DPOTrainer, {"options": options.dpo, "reference": reference}
+    return Trainer, {"pretrain_share": options.data.pretrain_share or 0.5}
+
+
+def _collator(options: Options, tokenizer: Any) -> Any:
+    collator: Any = PackingCollator() if options.data.packing else PaddingCollator(tokenizer.pad_token_id or 0)
+    if options.data.stage in PREFERENCES:
+        return PairCollator(collator, tokenizer.pad_token_id)
+    return MixedCollator(collator) if options.data.stage == "mixed" else collator
 
 
 class _CheckPacking(transformers.TrainerCallback):
@@ -140,7 +169,7 @@ def _read(options: Options, tokenizer: Any) -> dict[str, Data]:
     """The data sets of a run by their key in the configuration."""
     data = options.data
     encoder = Encoder(tokenizer, data.max_length, train_on_prompt=data.train_on_prompt)
-    main = "text" if data.stage == "pretrain" else "conversation"
+    main = {"pretrain": "text", **dict.fromkeys(PREFERENCES, "preference")}.get(data.stage, "conversation")
     asked = [
         ("data", data.data, main),
         ("eval_data", data.eval_data, main),
@@ -154,11 +183,10 @@ def _read(options: Options, tokenizer: Any) -> dict[str, Data]:
 
 
 def _packed(data: Data, options: Options) -> Any:
-    return (
-        PackedDataset(data.rows, options.data.max_length, seed=options.arguments.seed)
-        if options.data.packing
-        else data.rows
-    )
+    if not options.data.packing:
+        return data.rows
+    rows_of_one = 2 if options.data.stage in PREFERENCES else 1
+    return PackedDataset(data.rows, rows_of_one * options.data.max_length, seed=options.arguments.seed)
 
 
 def _arranged(sets: dict[str, Data], options: Options) -> Any:
@@ -245,6 +273,7 @@ def _describe(run: Path, options: Options, sets: dict[str, Data], resumed: Path 
         "data": {key: data.fingerprint for key, data in sets.items()},
         "packing": options.data.packing,
         "pretrain_share": options.data.pretrain_share,
+        **{key: asdict(getattr(options, key)) for key in PREFERENCES if key == options.data.stage},
         "batch": args.per_device_train_batch_size,
         "accumulation": args.gradient_accumulation_steps,
         "processes": args.world_size,

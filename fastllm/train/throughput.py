@@ -126,15 +126,7 @@ def step_flops(model: nn.Module, lengths: Sequence[int], *, convention: str = "c
     Raises:
         ValueError: unknown convention, a negative length, or a model whose config does not tell its attention heads.
     """
-    if convention not in CONVENTIONS:
-        raise ValueError(f"convention must be one of {', '.join(CONVENTIONS)}, got {convention!r}")
-    if any(length < 0 for length in lengths):
-        raise ValueError(f"lengths must not be negative, got {min(lengths)}")
-    while not hasattr(getattr(model, "config", None), "model_type"):
-        inner = getattr(model, "module", None)  # of DDP or DeepSpeed
-        if not isinstance(inner, nn.Module):
-            break
-        model = inner
+    model = _checked(model, lengths, convention)
     tokens = sum(lengths)
     repeated = _checkpointed(model)
     first = None if repeated.share else _first_trained(model)  # checkpointing has gradients go down to the embedding
@@ -151,6 +143,32 @@ def step_flops(model: nn.Module, lengths: Sequence[int], *, convention: str = "c
     untouched = 0 if first is None else len(forward) if layer is None else layer
     model_flops += 3 * sum(forward) - 2 * sum(forward[:untouched])
     return StepFlops(model_flops, model_flops + again + sum(forward) * repeated.share)
+
+
+def forward_flops(
+    model: nn.Module, lengths: Sequence[int], *, convention: str = "causal", adapters: bool = True
+) -> float:
+    """FLOPs of a forward pass alone, as of a reference policy: 2 for each weight and token, and the attention's.
+
+    Args and Raises: as ``step_flops``. adapters: whether PEFT's count, or the model as it is without them.
+    """
+    model = _checked(model, lengths, convention)
+    weights = sum(used for _, _, used in _weights(model, adapters)) * 2.0 * sum(lengths)
+    return weights + sum(_attention_forward(*layer, lengths, convention) for layer in _attention_layers(model))
+
+
+def _checked(model: Any, lengths: Sequence[int], convention: str) -> Any:
+    """The model within DDP or DeepSpeed."""
+    if convention not in CONVENTIONS:
+        raise ValueError(f"convention must be one of {', '.join(CONVENTIONS)}, got {convention!r}")
+    if any(length < 0 for length in lengths):
+        raise ValueError(f"lengths must not be negative, got {min(lengths)}")
+    while not hasattr(getattr(model, "config", None), "model_type"):
+        inner = getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    return model
 
 
 def _first_trained(model: nn.Module) -> str | None:
@@ -172,7 +190,7 @@ def _layer_of(name: str | None) -> int | None:
 # ---- weights -----------------------------------------------------------------------------------------------------
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, float]]:
+def _weights(model: nn.Module, adapters: bool = True) -> Iterator[tuple[str, Tensor, float]]:
     """Name, parameter and the number of its elements that act on one token."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -180,7 +198,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, float]]:
     for name, parameter in model.named_parameters():
         if id(parameter) in tables and id(parameter) not in multiplied:
             continue
-        if not _in_use(model, name) or _TOWER.search(name):
+        if not _in_use(model, name, adapters) or _TOWER.search(name):
             continue
         yield name, parameter, _elements(parameter) * _visited(model, name)
 
@@ -188,11 +206,13 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, float]]:
 _TOWER = re.compile(r"(^|\.)(vision|visual|audio|image)[a-z_]*\.")  # sees no token of the text
 
 
-def _in_use(model: nn.Module, name: str) -> bool:
+def _in_use(model: nn.Module, name: str, adapters: bool) -> bool:
     """False for what PEFT holds beside what it uses: other adapters, the originals of modules it trains, looked-up factors."""
     active = getattr(model, "active_adapters", None)
     if not active or callable(active) or not hasattr(model, "peft_config"):
         return True
+    if not adapters:
+        return ".lora_" not in name and ".modules_to_save." not in name
     if ".original_module." in name or "lora_embedding_A" in name:
         return False
     others = [adapter for adapter in model.peft_config if adapter not in active]  # type: ignore[union-attr]

@@ -66,9 +66,12 @@ class Trainer(transformers.Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs |= self._losses_apart()
-            logs["perplexity"] = perplexity(logs["loss"])
+            logs |= self._about(logs["loss"])
         super().log(logs, start_time)
+
+    def _about(self, loss: float) -> dict[str, float]:
+        """What is logged besides the training loss."""
+        return {**self._losses_apart(), "perplexity": perplexity(loss)}
 
     def _losses_apart(self) -> dict[str, float]:
         """The losses of texts and of conversations since the last log, each the mean over its own tokens."""

@@ -1,8 +1,8 @@
-"""Run by a launcher: trains under each ZeRO stage named, stops half way, resumes, and prints what came of it.
+"""Run by a launcher: trains by each configuration named, stops half way, resumes, and prints what came of it.
 
-    deepspeed --num_accelerators 2 distributed_worker.py CONFIG STAGE...      STAGE: 0 to 3, or "ddp"
+    deepspeed --num_accelerators 2 distributed_worker.py CONFIG CASE...      CASE: keys and values over CONFIG's, as JSON
 
-Rank 0 prints a JSON line per stage: {"stage", "whole": losses, "resumed": losses, "final": folder, "files": in a checkpoint}.
+Rank 0 prints a JSON line per case: {"case", "whole": losses, "resumed": losses, "folder", "files": in a checkpoint}.
 """
 
 import json
@@ -28,10 +28,8 @@ def train(values: dict) -> tuple[Run, dict[int, float]]:
 def main() -> None:
     arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
     values = config.read(arguments[0])
-    for stage in arguments[1:]:
-        mine = {**values, "output_dir": str(Path(values["output_dir"]) / stage)}
-        if stage != "ddp":
-            mine["zero_stage"] = int(stage)
+    for number, case in enumerate(map(json.loads, arguments[1:])):
+        mine = {**values, **case, "output_dir": str(Path(values["output_dir"]) / str(number))}
         run, whole = train(mine)
         first, last = checkpoint.complete(run.folder)
         if os.environ["RANK"] == "0":
@@ -41,7 +39,7 @@ def main() -> None:
         torch.distributed.barrier()
         again, resumed = train({**mine, "resume_from_checkpoint": str(run.folder)})
         if os.environ["RANK"] == "0":
-            found = {"stage": stage, "whole": whole, "resumed": resumed, "folder": str(again.folder), "files": files}
+            found = {"case": case, "whole": whole, "resumed": resumed, "folder": str(again.folder), "files": files}
             print("RESULT " + json.dumps(found), flush=True)
 
 
