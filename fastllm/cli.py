@@ -114,7 +114,9 @@ def _parser() -> _Parser:
         "fastllm.train CONFIG. Checkpoints, metrics and the model go into a folder of their own under output_dir.",
     )
     train.add_argument(
-        "config", metavar="CONFIG", help="a YAML file, or an example that comes with fastllm: pretrain, sft, mixed"
+        "config",
+        metavar="CONFIG",
+        help="a YAML file, or an example that comes with fastllm: pretrain, sft, mixed, ppo, ...",
     )
     train.add_argument(
         "overrides", metavar="KEY=VALUE", nargs="*", help="put over the file's; rope.method=yarn reaches inside"

@@ -21,9 +21,10 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from fastllm.errors import ConfigError
 from fastllm.train import zero
+from fastllm.train.online import options as online
 
-STAGES = ("pretrain", "sft", "mixed")
-LATER = ("rm", "dpo", "ppo", "conditional")  # named in the interface, not there yet
+STAGES = ("pretrain", "sft", "mixed", *online.STAGES)
+LATER = ("rm", "dpo")  # named in the interface, not there yet
 
 
 @dataclass
@@ -102,6 +103,7 @@ class Options:
     model: ModelOptions
     data: DataOptions
     arguments: Arguments
+    online: online.OnlineOptions
     values: dict[str, Any]
 
 
@@ -173,6 +175,7 @@ def parse(values: dict[str, Any]) -> Options:
     if missing:
         raise ConfigError(f"the configuration lacks {' and '.join(missing)}")
     checked = {key: _coerced(key, value, types_of[key]) for key, value in values.items()}
+    checked = online.completed(checked)
     _check_alone(checked)
     if checked.get("eval_data") and "eval_strategy" not in checked:
         checked["eval_strategy"] = "steps" if "eval_steps" in checked else "epoch"
@@ -191,18 +194,19 @@ def parse(values: dict[str, Any]) -> Options:
     try:
         if settled.get("deepspeed") is not None:
             zero.join()
-        model, data, arguments = HfArgumentParser(_CLASSES).parse_dict(settled)  # type: ignore[arg-type]
+        model, data, arguments, sampling = HfArgumentParser(_CLASSES).parse_dict(settled)  # type: ignore[arg-type]
     except ConfigError:
         raise
     except Exception as error:  # TrainingArguments checks its fields in many ways, each with its own type of error
         raise ConfigError(" ".join(str(error).split())) from error
-    return Options(model, data, arguments, checked)
+    return Options(model, data, arguments, sampling, checked)
 
 
 _CLASSES = (
     ModelOptions,
     DataOptions,
     Arguments,
+    online.OnlineOptions,
 )  # of unions with str, HfArgumentParser wants str second, hence the noqa
 
 
@@ -255,8 +259,9 @@ def _check_alone(values: dict[str, Any]) -> None:
         raise ConfigError("stage mixed needs pretrain_data, the texts that are mixed with the conversations in data")
     if stage != "mixed":
         for key in ("pretrain_data", "pretrain_share"):
-            if values.get(key) is not None:
+            if values.get(key) is not None and (stage, key) != ("ppo", "pretrain_data"):
                 raise ConfigError(f"{key} belongs to stage mixed, not to {stage}")
+    online.check(values)
     if (share := values.get("pretrain_share")) is not None and not 0 < share < 1:
         raise ConfigError(f"pretrain_share must lie between 0 and 1, got {share}")
     for key, least in (

@@ -5,6 +5,7 @@ Names that begin with ``example:`` stand for them in a configuration, and are ma
 - ``example:llama``: a Llama of a million parameters, untrained, whose tokens are bytes.
 - ``example:sources``, ``example:held-out``: modules of the standard library, as texts.
 - ``example:questions``, ``example:held-out-questions``: "What does json.dumps do?" with the docstring's first line, as conversations.
+- ``example:prompts``: "Say 17" and the like, to be answered by the model itself.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import ast
 import json
 import os
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,16 @@ def _questions(held_out: bool) -> Iterator[dict[str, Any]]:
                 }
 
 
+def _prompts() -> Iterator[dict[str, Any]]:
+    for n in range(100):
+        yield {"prompt": f"Say {n}"}
+
+
+def share_of_digits(prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[float]:
+    """A reward that anyone can check: of each response, the share of characters that are digits."""
+    return [sum(c in "0123456789" for c in response) / max(1, len(response)) for response in responses]
+
+
 def _lines(rows: Callable[[], Iterator[dict[str, Any]]]) -> Callable[[Path], None]:
     def make(path: Path) -> None:
         with path.open("w", encoding="utf-8") as file:
@@ -150,4 +161,5 @@ _MAKERS: dict[str, Callable[[Path], None]] = {
     "held-out": _lines(lambda: _sources(True)),
     "questions": _lines(lambda: _questions(False)),
     "held-out-questions": _lines(lambda: _questions(True)),
+    "prompts": _lines(_prompts),
 }
