@@ -156,7 +156,8 @@ class Course:
 
 def random_state() -> dict[str, Any]:
     """Of every generator that this process draws from."""
-    state = {"python": random.getstate(), "numpy": numpy.random.get_state(), "torch": torch.get_rng_state()}
+    state = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    state["numpy"] = numpy.random.get_state()  # noqa: NPY002 - a reward function may draw from it
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
@@ -164,7 +165,7 @@ def random_state() -> dict[str, Any]:
 
 def set_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
-    numpy.random.set_state(state["numpy"])
+    numpy.random.set_state(state["numpy"])  # noqa: NPY002
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

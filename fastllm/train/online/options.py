@@ -160,7 +160,8 @@ def _check_ranges(values: dict[str, Any]) -> None:
     for key, least in (
         ("rollout_batch_size", 1), ("rollout_chunk_size", 1), ("max_new_tokens", 1), ("group_size", 1), ("ppo_epochs", 1),
         ("critic_warmup_steps", 0), ("critic_learning_rate", 0), ("kl_coef", 0), ("kl_loss_coef", 0), ("gamma", 0), ("lam", 0),
-        ("clip_low", 0), ("clip_high", 0), ("value_clip", 0), ("value_coef", 0), ("ptx_coef", 0), ("score_levels", 2), ("pool_iterations", 1),
+        ("clip_low", 0), ("clip_high", 0), ("value_clip", 0), ("value_coef", 0), ("ptx_coef", 0), ("score_levels", 2),
+        ("pool_iterations", 1),
     ):  # fmt: skip
         if values.get(key) is not None and not values[key] >= least:
             raise ConfigError(f"{key} must be at least {least}, got {values[key]}")
