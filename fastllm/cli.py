@@ -116,7 +116,7 @@ def _parser() -> _Parser:
     train.add_argument(
         "config",
         metavar="CONFIG",
-        help="a YAML file, or an example that comes with fastllm: pretrain, sft, mixed, rm, dpo",
+        help="a YAML file, or an example that comes with fastllm: pretrain, sft, mixed, rm, dpo, ppo, ...",
     )
     train.add_argument(
         "overrides", metavar="KEY=VALUE", nargs="*", help="put over the file's; rope.method=yarn reaches inside"

@@ -169,6 +169,38 @@ def _token_derivative(
     return derivative, scale
 
 
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor | nn.Module,
+    tokens: Tensor,
+    mask: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """The log-probability of each token from hidden states and the LM head: ``ops.linear_token_logprobs`` with a mask, for every
+    kind of head that ``linear_ppo_loss`` takes.
+
+    Args:
+        hidden, weight, tokens, bias, temperature, softcap, logit_scale: as in ``linear_ppo_loss``.
+        mask: bool like tokens, True at tokens that count.
+
+    Returns:
+        Like tokens, fp32 (fp64 for fp64), 0 where masked; differentiable in hidden, weight and bias.
+
+    Raises:
+        As ``linear_ppo_loss``.
+    """
+    rows = _Tokens(hidden, tokens, mask, bias, temperature, softcap, logit_scale, False)
+
+    def body(h: Tensor, w: Tensor, b: Tensor | None, low_rank: tuple[Tensor, Tensor] | None) -> Tensor:
+        return logprobs(rows.operands(h, w, b, low_rank), rows.target, rows.how)[0]
+
+    return rows.spread(with_head(weight, bias, rows.hidden, body)).masked_fill(~mask, 0.0)
+
+
 def linear_sequence_logprobs(
     hidden: Tensor,
     weight: Tensor | nn.Module,
@@ -194,13 +226,12 @@ def linear_sequence_logprobs(
     Raises:
         As ``linear_ppo_loss``.
     """
-    rows = _Tokens(hidden, tokens, mask, bias, temperature, softcap, logit_scale, False)
+    check_tokens(mask)
     check_packing(mask, cu_seqlens)
-
-    def body(h: Tensor, w: Tensor, b: Tensor | None, low_rank: tuple[Tensor, Tensor] | None) -> Tensor:
-        return logprobs(rows.operands(h, w, b, low_rank), rows.target, rows.how)[0]
-
-    return sequence_logprobs(rows.spread(with_head(weight, bias, rows.hidden, body)), mask, cu_seqlens=cu_seqlens)
+    found = linear_logprobs(
+        hidden, weight, tokens, mask, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale
+    )
+    return sequence_logprobs(found, mask, cu_seqlens=cu_seqlens)
 
 
 def sequence_logprobs(logprobs: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:

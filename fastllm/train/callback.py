@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from fastllm.train.throughput import CONVENTIONS, StepFlops, Throughput, forward_flops, peak_flops, step_flops
 
+_SHOWN = ("loss", "eval_loss", "eval_perplexity", "reward", "kl", "tgs_real", "samples_per_s", "mfu")
 _PARTS = ("data", "forward_backward", "optimizer")
 
 
@@ -340,7 +341,7 @@ class _Bar:
             self.bar.update(step - self.bar.n)
 
     def say(self, state: Any, logs: dict[str, Any]) -> None:
-        told = {key: logs[key] for key in ("loss", "eval_loss", "eval_perplexity", "tgs_real", "mfu") if key in logs}
+        told = {key: logs[key] for key in _SHOWN if key in logs}
         if not told:
             return
         text = " ".join(f"{key} {value:,.4g}" for key, value in told.items())
@@ -348,7 +349,7 @@ class _Bar:
             self.bar.set_postfix_str(text)
             return
         now = time.perf_counter()
-        if now - self.said < 10 and state.global_step < state.max_steps and "loss" in told:
+        if now - self.said < 10 and state.global_step < state.max_steps and "eval_loss" not in told:
             return
         self.said = now
         done = max(1, state.global_step - self.first)

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 
 from fastllm.train import config
+from fastllm.train.online import options as online
+from fastllm.train.online.run import Result as OnlineResult
+from fastllm.train.online.run import Run as OnlineRun
 from fastllm.train.run import Run
 
 CONFIGS = Path(__file__).parent / "configs"
 
 
-def prepare(name: str, overrides: list[str]) -> Run:
+def prepare(name: str, overrides: list[str]) -> Run | OnlineRun:
     """The run that a configuration file describes, or an example that comes with the package, by its bare name.
 
     Raises:
@@ -27,16 +30,20 @@ def prepare(name: str, overrides: list[str]) -> Run:
             "DS_ACCELERATOR", "cpu"
         )  # else DeepSpeed, where transformers finds it, says that it guesses
     example = CONFIGS / f"{name}.yaml"
-    return Run(config.load(example if not Path(name).exists() and example.is_file() else name, overrides))
+    options = config.load(example if not Path(name).exists() and example.is_file() else name, overrides)
+    return (OnlineRun if options.data.stage in online.STAGES else Run)(options)
 
 
-def finish(run: Run, *, as_json: bool) -> None:
+def finish(run: Run | OnlineRun, *, as_json: bool) -> None:
     """Trains, and says on the first process what came of it."""
     result = run.go()
     if os.environ.get("RANK", "0") != "0":
         return
     if as_json:
         print(json.dumps(asdict(result), indent=2))
+        return
+    if isinstance(result, OnlineResult):
+        print(f"{result.told()}\nmodel: {result.final}")
         return
     speed: dict[str, Any] = result.throughput
     said = [f"{result.steps} steps, mean training loss {result.train_loss:.4f}"]

@@ -22,10 +22,10 @@ from transformers import HfArgumentParser, TrainingArguments
 from fastllm.errors import ConfigError
 from fastllm.train import zero
 from fastllm.train.losses import DPOOptions, RewardOptions
+from fastllm.train.online import options as online
 
-STAGES = ("pretrain", "sft", "mixed", "rm", "dpo")
 PREFERENCES = ("rm", "dpo")  # stages on pairs of answers
-LATER = ("ppo", "conditional")  # named in the interface, not there yet
+STAGES = ("pretrain", "sft", "mixed", *PREFERENCES, *online.STAGES)
 
 
 @dataclass
@@ -117,6 +117,7 @@ class Options:
     model: ModelOptions
     data: DataOptions
     arguments: Arguments
+    online: online.OnlineOptions
     values: dict[str, Any]
     dpo: DPOOptions
     rm: RewardOptions
@@ -188,6 +189,7 @@ def parse(values: dict[str, Any]) -> Options:
     if missing:
         raise ConfigError(f"the configuration lacks {' and '.join(missing)}")
     checked = {key: _coerced(key, value, types_of[key]) for key, value in values.items()}
+    checked = online.completed(checked)
     _check_alone(checked)
     inside = {key: _inside(key, checked.get(key) or {}) for key in _INSIDE}
     if checked.get("eval_data") and "eval_strategy" not in checked:
@@ -207,12 +209,12 @@ def parse(values: dict[str, Any]) -> Options:
     try:
         if settled.get("deepspeed") is not None:
             zero.join()
-        model, data, _, arguments = HfArgumentParser(_CLASSES).parse_dict(settled)  # type: ignore[arg-type]
+        model, data, _, arguments, sampling = HfArgumentParser(_CLASSES).parse_dict(settled)  # type: ignore[arg-type]
     except ConfigError:
         raise
     except Exception as error:  # TrainingArguments checks its fields in many ways, each with its own type of error
         raise ConfigError(" ".join(str(error).split())) from error
-    return Options(model, data, arguments, checked, **inside)
+    return Options(model, data, arguments, sampling, checked, **inside)
 
 
 _CLASSES = (
@@ -220,6 +222,7 @@ _CLASSES = (
     DataOptions,
     LossOptions,
     Arguments,
+    online.OnlineOptions,
 )  # of unions with str, HfArgumentParser wants str second, hence the noqa
 
 
@@ -277,10 +280,8 @@ def _override(values: dict[str, Any], pair: str) -> None:
 def _check_alone(values: dict[str, Any]) -> None:
     """What can be said of the values without a model or data."""
     stage = values["stage"]
-    if stage in LATER:
-        raise ConfigError(f"stage {stage} is not there yet; there are {', '.join(STAGES)}")
     if stage not in STAGES:
-        near = difflib.get_close_matches(stage, [*STAGES, *LATER], n=1, cutoff=0.5)
+        near = difflib.get_close_matches(stage, STAGES, n=1, cutoff=0.5)
         raise ConfigError(
             f"stage must be one of {', '.join(STAGES)}, got {stage!r}"
             + (f"; did you mean {near[0]!r}?" if near else "")
@@ -289,13 +290,14 @@ def _check_alone(values: dict[str, Any]) -> None:
         raise ConfigError("stage mixed needs pretrain_data, the texts that are mixed with the conversations in data")
     if stage != "mixed":
         for key in ("pretrain_data", "pretrain_share"):
-            if values.get(key) is not None:
+            if values.get(key) is not None and (stage, key) != ("ppo", "pretrain_data"):
                 raise ConfigError(f"{key} belongs to stage mixed, not to {stage}")
     for key in _INSIDE:
         if values.get(key) is not None and stage != key:
             raise ConfigError(f"{key} belongs to stage {key}, not to {stage}")
     if stage in PREFERENCES and values.get("train_on_prompt"):
         raise ConfigError(f"train_on_prompt belongs to conversations; stage {stage} compares answers alone")
+    online.check(values)
     if (share := values.get("pretrain_share")) is not None and not 0 < share < 1:
         raise ConfigError(f"pretrain_share must lie between 0 and 1, got {share}")
     for key, least in (

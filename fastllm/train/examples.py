@@ -7,6 +7,7 @@ Names that begin with ``example:`` stand for them in a configuration, and are ma
 - ``example:questions``, ``example:held-out-questions``: "What does json.dumps do?" with the docstring's first line, as conversations.
 - ``example:preferences``, ``example:held-out-preferences``: "How much is 7 plus 5?", where "It is 12." is chosen and "It is twelve."
   rejected. Right answers are a matter of looking: the chosen one has digits.
+- ``example:prompts``: "Say 17" and the like, to be answered by the model itself.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import ast
 import json
 import os
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,16 @@ _SMALL = (
 _TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 
 
+def _prompts() -> Iterator[dict[str, Any]]:
+    for n in range(100):
+        yield {"prompt": f"Say {n}"}
+
+
+def share_of_digits(prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[float]:
+    """A reward that anyone can check: of each response, the share of characters that are digits."""
+    return [sum(c in "0123456789" for c in response) / max(1, len(response)) for response in responses]
+
+
 def _lines(rows: Callable[[], Iterator[dict[str, Any]]]) -> Callable[[Path], None]:
     def make(path: Path) -> None:
         with path.open("w", encoding="utf-8") as file:
@@ -180,4 +191,5 @@ _MAKERS: dict[str, Callable[[Path], None]] = {
     "held-out-questions": _lines(lambda: _questions(True)),
     "preferences": _lines(lambda: _preferences(False)),
     "held-out-preferences": _lines(lambda: _preferences(True)),
+    "prompts": _lines(_prompts),
 }

@@ -337,9 +337,13 @@ def test_nan_of_a_valid_token_comes_out_as_the_definition_has_it(backend, device
 @each_backend
 def test_k3_near_the_reference_keeps_its_digits(backend, device):
     """d²/2 of a difference d, of which e^-d - 1 + d would have none left in fp32: its mean and its gradient, d."""
-    given = {n: t for n, t in batch(2, 40, torch.float32, masked=0.0).items() if n in ("logprobs", "advantages", "mask")}
+    given = {
+        n: t for n, t in batch(2, 40, torch.float32, masked=0.0).items() if n in ("logprobs", "advantages", "mask")
+    }
     for size in (1e-4, 1e-2, 0.3, 0.49, 0.51):
-        given["logprobs"] = torch.rand(2, 40) * size  # as if near a certain token, where fp32 still tells differences apart
+        given["logprobs"] = (
+            torch.rand(2, 40) * size
+        )  # as if near a certain token, where fp32 still tells differences apart
         zero = torch.zeros(2, 40)
         found, grads = run(
             {**given, "advantages": zero, "old_logprobs": zero, "ref_logprobs": zero}, backend, device, kl_coef=1.0

@@ -481,7 +481,11 @@ def configurations() -> list[Configuration]:
         "num_items",
     )
     signature = {f"{name}_ptr": "*fp32" for name in (*names, "loss", "stats", "scale", "grad_loss")}
-    signature |= {name: "fp32" for name in (*numbers, "coef")} | {"mask_ptr": "*u8", "bounds_ptr": "*i32", "row_ptr": "*i32"}
+    signature |= {name: "fp32" for name in (*numbers, "coef")} | {
+        "mask_ptr": "*u8",
+        "bounds_ptr": "*i32",
+        "row_ptr": "*i32",
+    }
     signature |= {"rows": "i32", "length": "i32:16", "tokens": "i32:16", "programs": "i32"}
     found = []
     tokens = 4096 * 2048

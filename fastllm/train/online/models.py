@@ -1,0 +1,329 @@
+"""Actor, critic, reference and reward model in one module, so that one engine runs, trains and shards them all.
+
+Token tensors here are of the response alone, (B, T), beside whole rows of ids (B, P + T) whose first P are the prompt, padded on
+the left: hidden state P - 1 + t predicts response token t, and the value there is that of the state before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+import fastllm
+from fastllm import rl
+from fastllm.errors import ConfigError
+from fastllm.train import models
+from fastllm.train.config import ModelOptions
+from fastllm.train.online.options import OnlineOptions
+
+
+class Opinions(NamedTuple):
+    """What the models think of sampled responses: (B, T) each, scores (B,); None of a model that is not there."""
+
+    logprobs: Tensor
+    ref_logprobs: Tensor | None
+    values: Tensor | None
+    scores: Tensor | None
+
+
+class Models(nn.Module):
+    """
+    Args:
+        actor: a causal LM of transformers, with LoRA adapters or without.
+        critic, reward: sequence classifiers with one label; None for none.
+        reference: a frozen copy of the actor; "adapters off": the actor without its adapters; None for none.
+        temperature: of sampling, by which all logits are divided.
+    """
+
+    def __init__(self, actor: Any, critic: Any, reference: Any, reward: Any, temperature: float) -> None:
+        super().__init__()
+        self.actor, self.critic, self.reward = actor, critic, reward
+        self.reference = reference if isinstance(reference, nn.Module) else None
+        self.without_adapters = reference == "adapters off"
+        self.temperature = temperature
+        self.config = _bare(actor).config  # which transformers' DeepSpeed settings are completed by
+        for frozen in (self.reference, self.reward):
+            if frozen is not None:
+                frozen.requires_grad_(False)
+
+    def forward(self, what: str, *args: Any, **kwargs: Any) -> Any:
+        """`judge`, `loss`, ...: engines run, wrap and hook nothing but a module's forward."""
+        return getattr(self, what)(*args, **kwargs)
+
+    # ---- without gradients -------------------------------------------------------------------------------------------
+
+    def judge(self, ids: Tensor, attention: Tensor, mask: Tensor) -> Opinions:
+        """What every model thinks of responses. ids, attention (B, P + T), mask (B, T) bool: the response's tokens."""
+        logprobs, ref_logprobs = self.logprobs(self.actor, ids, attention, mask), None
+        if self.reference is not None:
+            ref_logprobs = self.logprobs(self.reference, ids, attention, mask)
+        elif self.without_adapters:
+            with self.actor.disable_adapter():
+                ref_logprobs = self.logprobs(self.actor, ids, attention, mask)
+        values = None if self.critic is None else self.values(ids, attention, mask)
+        return Opinions(logprobs, ref_logprobs, values, self.score(ids, attention))
+
+    def score(self, ids: Tensor, attention: Tensor) -> Tensor | None:
+        """(B,) the reward model's, read at each row's last token that is not padding."""
+        if self.reward is None:
+            return None
+        every = score_head(self.reward)(hidden_states(self.reward, ids, attention)).squeeze(-1)
+        return rl.sequence_scores(every, attention.bool())
+
+    # ---- with gradients ----------------------------------------------------------------------------------------------
+
+    def logprobs(self, model: Any, ids: Tensor, attention: Tensor, mask: Tensor) -> Tensor:
+        """(B, T) of the response tokens."""
+        hidden = _of_response(hidden_states(model, ids, attention), mask)
+        tokens = ids[:, -mask.shape[1] :]
+        return rl.linear_logprobs(hidden, lm_head(model), tokens, mask, temperature=self.temperature, **_scaling(model))
+
+    def values(self, ids: Tensor, attention: Tensor, mask: Tensor) -> Tensor:
+        """(B, T), of the states before the response tokens."""
+        hidden = _of_response(hidden_states(self.critic, ids, attention), mask)
+        return score_head(self.critic)(hidden).squeeze(-1).float()
+
+    def policy_loss(
+        self, ids: Tensor, attention: Tensor, mask: Tensor, old_logprobs: Tensor, advantages: Tensor, *,
+        texts: Any = None, ptx_coef: float = 0.0, **options: Any,
+    ) -> rl.PPOLoss:  # fmt: skip
+        """``rl.linear_ppo_loss`` of responses, with the critic's values in it.
+
+        texts: arguments of `text_loss`, which ptx_coef weighs. It is added here because engines want one forward pass for each
+            backward pass.
+        """
+        if self.critic is not None:
+            options["values"] = self.values(ids, attention, mask)
+        hidden = _of_response(hidden_states(self.actor, ids, attention), mask)
+        loss, stats = rl.linear_ppo_loss(
+            hidden, lm_head(self.actor), ids[:, -mask.shape[1] :], old_logprobs, advantages, mask, temperature=self.temperature,
+            **_scaling(self.actor), **options,
+        )  # fmt: skip
+        if texts is not None:
+            ptx = self.text_loss(*texts)
+            loss, stats = loss + ptx_coef * ptx, stats | {"ptx_loss": ptx.detach()}
+        return rl.PPOLoss(loss, stats)
+
+    def value_loss(
+        self,
+        ids: Tensor,
+        attention: Tensor,
+        mask: Tensor,
+        returns: Tensor,
+        old_values: Tensor,
+        num_items: Tensor,
+        clip: Any,
+    ) -> Tensor:
+        """0.5 (V - R)² over num_items, clipped as in PPO: for a critic that warms up, while the actor waits."""
+        values = self.values(ids, attention, mask)
+        zeros = torch.zeros_like(values)
+        loss = rl.ppo_loss(
+            zeros, zeros, zeros, mask, values=values, returns=returns, old_values=old_values, value_clip=clip,
+            value_coef=1.0, num_items=num_items,
+        ).loss  # fmt: skip
+        # DistributedDataParallel waits for a gradient of every trained parameter.
+        whole = [p for p in self.actor.parameters() if p.requires_grad and not hasattr(p, "ds_id")]
+        return loss + 0.0 * torch.stack([p.sum().float() for p in whole]).sum() if whole else loss
+
+    def text_loss(self, ids: Tensor, attention: Tensor, mask: Tensor, num_items: Tensor | float) -> Tensor:
+        """Cross entropy over num_items of the tokens that `mask` (B, T), of ids' last T, names; at temperature 1."""
+        hidden = _of_response(hidden_states(self.actor, ids, attention), mask)
+        found = rl.linear_logprobs(hidden, lm_head(self.actor), ids[:, -mask.shape[1] :], mask, **_scaling(self.actor))
+        return -found.sum() / num_items
+
+
+# ---- parts of a model --------------------------------------------------------------------------------------------------
+
+
+def hidden_states(model: Any, ids: Tensor, attention: Tensor) -> Tensor:
+    """(B, L, C) of the last layer, before the head; positions count from each row's first token that is not padding."""
+    body = _bare(model).base_model
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": attention}
+    accepted = inspect.signature(body.forward).parameters
+    if "position_ids" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        inputs["position_ids"] = (attention.long().cumsum(-1) - 1).clamp(min=0)
+    return body(**inputs, use_cache=False).last_hidden_state
+
+
+def lm_head(model: Any) -> nn.Module:
+    return _bare(model).get_output_embeddings()
+
+
+def score_head(model: Any) -> nn.Module:
+    """The layer of a sequence classifier that makes one number of a hidden state."""
+    bare = _bare(model)
+    heads = [m for name, m in bare.named_children() if m is not bare.base_model]
+    if len(heads) != 1:
+        raise ConfigError(f"{type(bare).__name__} does not tell which of its layers gives the score")
+    return heads[0]
+
+
+def check_head(model: Any, ids: Tensor) -> None:
+    """Compares log-probabilities from hidden states with those of the model's own logits on a few tokens.
+
+    Raises:
+        ConfigError: they differ: this family does more between hidden states and logits than is known here.
+    """
+    with torch.no_grad():
+        attention, mask = torch.ones_like(ids), torch.ones_like(ids[:, 1:], dtype=torch.bool)
+        hidden = _of_response(hidden_states(model, ids, attention), mask)
+        found = rl.linear_logprobs(hidden, lm_head(model), ids[:, 1:], mask, **_scaling(model))
+        logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits[:, :-1].float()
+        expected = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    error = (found - expected).abs().max().item()
+    tolerance = 1e-3 if hidden.dtype == torch.float32 else 0.2
+    if not error <= tolerance * max(1.0, expected.abs().max().item()):
+        raise ConfigError(
+            f"{type(_bare(model)).__name__} computes its logits in a way that stages ppo and conditional do not know "
+            f"(log-probabilities differ by {error:.2g})"
+        )
+
+
+def _bare(model: Any) -> Any:
+    """The transformers model in a PeftModel."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def _of_response(hidden: Tensor, mask: Tensor) -> Tensor:
+    return hidden[:, -mask.shape[1] - 1 : -1]
+
+
+def _scaling(model: Any) -> dict[str, float]:
+    """What a family does with the products of hidden states and head."""
+    config = _bare(model).config.get_text_config()
+    found = {}
+    if softcap := getattr(config, "final_logit_softcapping", None):
+        found["softcap"] = float(softcap)
+    if isinstance(scale := getattr(config, "logit_scale", None), (int, float)):
+        found["logit_scale"] = float(scale)
+    if isinstance(divisor := getattr(config, "logits_scaling", None), (int, float)):
+        found["logit_scale"] = 1 / divisor
+    return found
+
+
+# ---- loading -----------------------------------------------------------------------------------------------------------
+
+
+def load(
+    options: ModelOptions, tokenizer: Any, max_length: int, asked: OnlineOptions, *, with_critic: bool, with_reference: bool,
+    checkpointing: dict[str, Any] | None,
+) -> Models:  # fmt: skip
+    """All models that a run needs, without dropout: the policy that is trained is then the one that sampled.
+
+    Args:
+        asked: settled.
+        checkpointing: arguments of gradient_checkpointing_enable for what is trained, or None.
+
+    Raises:
+        ConfigError: a model that is not there, or does not fit.
+    """
+    actor = models.load_model(options, tokenizer, max_length)
+    reference: Any = None
+    if with_reference and options.lora:
+        reference = "adapters off"
+    elif with_reference:
+        with _silent():
+            reference = models.load_model(options, tokenizer, max_length)
+        if options.from_scratch:
+            reference.load_state_dict(actor.state_dict())
+    judge = asked.reward if asked.reward and not is_function(asked.reward) else None
+    reward = _classifier(judge, "reward", options, tokenizer) if judge else None
+    critic = None
+    if with_critic:
+        begun = asked.critic or judge or options.model
+        critic = _classifier(begun, "critic", options, tokenizer, lora=options.lora)
+        if checkpointing is not None:
+            critic.gradient_checkpointing_enable(**checkpointing)
+    if checkpointing is not None:
+        actor.gradient_checkpointing_enable(**checkpointing)
+    whole = Models(actor, critic, reference, reward, asked.temperature)
+    for module in whole.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    return whole
+
+
+def is_function(reward: str) -> bool:
+    """module:function, and not a path."""
+    return ":" in reward and not Path(reward).exists()
+
+
+def _classifier(name: str, key: str, options: ModelOptions, tokenizer: Any, lora: dict[str, Any] | None = None) -> Any:
+    models._exists(name, key)
+    if Path(name).suffix == ".json":
+        config = transformers.AutoConfig.from_pretrained(name, num_labels=1)
+        make = lambda dtype: transformers.AutoModelForSequenceClassification.from_config(config, dtype=dtype)  # noqa: E731
+    else:
+        make = lambda dtype: transformers.AutoModelForSequenceClassification.from_pretrained(  # noqa: E731
+            name, num_labels=1, dtype=dtype
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        model = make(getattr(torch, options.dtype))
+    except Exception as error:  # of many libraries
+        raise ConfigError(f"{key}: cannot load {name}: {models._first_line(error)}") from error
+    vocabulary = config.get_text_config().vocab_size
+    if len(tokenizer) > vocabulary:
+        raise ConfigError(
+            f"{key}: {name} has {vocabulary} tokens and the model's tokenizer {len(tokenizer)}: they must share one"
+        )
+    _check_tokenizer(name, key, tokenizer)
+    trained = any("SequenceClassification" in a for a in config.architectures or [])
+    if key == "reward" and not trained:
+        raise ConfigError(
+            f"reward: {name} is a {(config.architectures or ['model'])[0]}, not a reward model with one score"
+        )
+    if not trained:  # values begin at 0
+        with _gathered(list(score_head(model).parameters())), torch.no_grad():
+            for parameter in score_head(model).parameters():
+                parameter.zero_()
+    if lora:
+        import peft
+
+        settings = {**lora, "task_type": "SEQ_CLS"}
+        model = peft.get_peft_model(model, peft.LoraConfig(**settings))
+    if options.patch is not False:
+        with _silent():
+            fastllm.patch(model, "auto" if options.patch is True else options.patch)
+    return model
+
+
+def _check_tokenizer(name: str, key: str, tokenizer: Any) -> None:
+    """A model that was trained with another tokenizer reads other texts out of the same ids."""
+    try:
+        other = transformers.AutoTokenizer.from_pretrained(name)
+    except Exception:  # it has none of its own
+        return
+    if other.get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(f"{key}: {name} has a tokenizer of its own; it must have been trained with the model's")
+
+
+@contextlib.contextmanager
+def _gathered(parameters: list[Any]) -> Iterator[None]:
+    if any(hasattr(p, "ds_id") for p in parameters):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
+            yield
+    else:
+        yield
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """What is said of the actor need not be said again of its reference."""
+    import io
+    import warnings
+
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

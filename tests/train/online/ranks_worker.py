@@ -1,0 +1,58 @@
+"""Run by a launcher: trains stage ppo under each way named, stops half way, resumes, and prints what came of it.
+
+    deepspeed --num_accelerators 2 ranks_worker.py CONFIG WAY...      WAY: 2 or 3 (ZeRO), or "ddp"
+
+Rank 0 prints a JSON line per way: {"way", "whole": log, "resumed": log, "final": folder, "gathers": of all weights, by iteration}.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from fastllm.train import checkpoint, config
+from fastllm.train.online import engines
+from fastllm.train.online.run import Run
+
+
+def train(values: dict) -> tuple[Run, list[dict]]:
+    run = Run(config.parse(values))
+    run.go()
+    torch.distributed.barrier()
+    return run, [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def main() -> None:
+    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    values = config.read(arguments[0])
+    gathered = []
+    plain_whole = engines.Zero.whole
+
+    def counted(self):
+        gathered.append(sum(p.numel() == 0 for p in self.models.actor.parameters()))
+        return plain_whole(self)
+
+    engines.Zero.whole = counted
+    for way in arguments[1:]:
+        gathered.clear()
+        mine = {**values, "output_dir": str(Path(values["output_dir"]) / way)}
+        if way != "ddp":
+            mine["zero_stage"] = int(way)
+        run, whole = train(mine)
+        *_, first, last = checkpoint.complete(run.folder)
+        gathers = list(gathered)
+        torch.distributed.barrier()
+        if os.environ["RANK"] == "0":
+            shutil.rmtree(last)
+            (run.folder / "final").rename(run.folder / "final-of-whole")
+        torch.distributed.barrier()
+        again, resumed = train({**mine, "resume_from_checkpoint": str(run.folder)})
+        if os.environ["RANK"] == "0":
+            found = {"way": way, "whole": whole, "resumed": resumed, "folder": str(again.folder), "gathers": gathers}
+            print("RESULT " + json.dumps(found), flush=True)
+
+
+main()
