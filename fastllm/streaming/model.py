@@ -50,6 +50,11 @@ def examine(model: nn.Module, sinks: int, window: int) -> Examined:
     mixed = any(local) and not all(local)
     if mixed and "dict" not in inspect.unwrap(type(owner).forward).__code__.co_names:
         raise ConfigError(f"{type(owner).__name__} takes no masks by kind of layer, and has two kinds")
+    if mixed and not hasattr(DynamicCache, "get_query_offset"):
+        raise ConfigError(
+            f"{type(owner).__name__} has two kinds of layers, and this Transformers takes a query to stand at one place in the caches "
+            "of both: a newer one asks each (Cache.get_query_offset)"
+        )
     reaches = [Reach(0, w) if mixed and w else reach for w in local]
     found = rotation.of(owner, [m for _, m in rotary], len(kinds))
     return Examined(owner, found, reaches, [bool(w) for w in local])

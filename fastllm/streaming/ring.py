@@ -185,6 +185,8 @@ class RingLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    get_max_cache_shape = get_max_length  # its name in Transformers 5.0
+
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         if self.stream.step is None or self.place is None:
             queries = query_length if isinstance(query_length, int) else len(query_length)

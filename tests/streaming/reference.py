@@ -58,6 +58,9 @@ class PlainCache(DynamicCache):
     def get_query_offset(self, layer_idx: int = 0) -> int:
         return self.get_mask_sizes(1, layer_idx)[0] - 1
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # from which Transformers 5.0 finds the query's place in masks
+        return self.get_query_offset()
+
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         local = self.mixed and self.local[layer_idx]
         return min(self.seen + 1, self.layers[layer_idx].sliding_window if local else self.size()), 0

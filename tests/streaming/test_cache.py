@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, DynamicCache
 
 import fastllm
 from fastllm.errors import ConfigError
@@ -30,10 +30,16 @@ FAMILIES = {
     "smollm3": {},
     "gpt_oss": {"sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
+MIXED = ("gemma2", "gemma3_text", "gpt_oss")
 
 
 def family(name):
-    return of(AutoConfig.for_model(name, **{**SMALL, **FAMILIES[name]})).eval()
+    model = of(AutoConfig.for_model(name, **{**SMALL, **FAMILIES[name]})).eval()
+    if name in MIXED and not hasattr(DynamicCache, "get_query_offset"):  # Transformers 5.0
+        with pytest.raises(ConfigError, match="two kinds of layers"):
+            StreamingCache(model, 3, 9)
+        pytest.skip("this transformers makes no masks for two kinds of layers in one cache")
+    return model
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import Cache
 
 import fastllm
 from fastllm.errors import ConfigError
@@ -99,6 +100,9 @@ def test_beams_are_scored_as_the_reference_scores_them(model):
     assert wide.tolist() == model.generate(ids, max_new_tokens=8, do_sample=False, num_beams=4).tolist()
 
 
+@pytest.mark.skipif(
+    not hasattr(Cache, "activate_past_recording"), reason="Transformers 5.0 crops, which is an error, after the prompt"
+)
 def test_assisted_decoding_is_refused_and_the_cache_left_usable(model):
     ids = tokens(1, 20)
     cache = StreamingCache(model, SINKS, WINDOW)
