@@ -162,10 +162,10 @@ def ppo_loss(
         AGGREGATIONS.index(aggregation), VARIANTS.index(variant),
     )  # fmt: skip
     told = dict(zip(STATS, stats.unbind()))
-    for given, needed_for in ((values, _OF_VALUES), (entropy, ("entropy",)), (ref_logprobs, ("kl",))):
-        if given is None:
-            for name in needed_for:
-                del told[name]
+    for tensor, needed_for in ((values, _OF_VALUES), (entropy, ("entropy",)), (ref_logprobs, ("kl",))):
+        if tensor is None:
+            for absent in needed_for:
+                del told[absent]
     return PPOLoss(loss, told)
 
 
