@@ -146,6 +146,31 @@ def _clipped_loss(logits: Tensor, tokens: Tensor, old: Tensor, advantages: Tenso
     return (torch.maximum(-a * ratio, -a * torch.clamp(ratio, 0.8, 1.2)) * mask).sum() / mask.sum()
 
 
+def linear_dpo_loss(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, mask: Tensor, ref_hidden: Tensor, ref_weight: Tensor
+) -> Tensor:
+    """As a DPO trainer: logits of policy and reference, taken to fp32, summed log-probabilities of the responses, sigmoid loss."""
+    with torch.no_grad():
+        reference = _sequence_logprobs((ref_hidden @ ref_weight.T).float(), tokens, mask)
+    return _dpo_loss(_sequence_logprobs((hidden @ weight.T).float(), tokens, mask), reference)
+
+
+def exact_linear_dpo_loss(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, mask: Tensor, ref_hidden: Tensor, ref_weight: Tensor
+) -> Tensor:
+    reference = _sequence_logprobs(ref_hidden @ ref_weight.T, tokens, mask)
+    return _dpo_loss(_sequence_logprobs(hidden @ weight.T, tokens, mask), reference.detach())
+
+
+def _sequence_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    return (logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1) * mask).sum(-1)
+
+
+def _dpo_loss(logps: Tensor, reference: Tensor) -> Tensor:
+    chosen, rejected = (logps - reference).chunk(2)
+    return -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
+
+
 def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int) -> Tensor:
     """What a model does about a window: a mask of all pairs."""
     i, j = torch.arange(q.shape[2], device=q.device).unsqueeze(1), torch.arange(k.shape[2], device=q.device)

@@ -28,6 +28,14 @@ def liger_grpo() -> Callable[..., Any]:
     )[0]
 
 
+def liger_dpo() -> Callable[..., Any]:
+    """Liger's chunked DPO loss from hidden states, reference included; it runs anywhere, too."""
+    loss = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearDPOLoss(beta=0.1)
+    return lambda hidden, weight, tokens, mask, ref_hidden, ref_weight: loss(
+        weight, hidden, tokens.masked_fill(~mask, -100), ref_input=ref_hidden, ref_weight=ref_weight
+    )[0]
+
+
 def flash_attn(path: str, call: Callable[..., Any]) -> Peer:
     """The peer "flash-attn": the function at `path`, "module:name", among the ops that this library has beside
     attention."""

@@ -47,6 +47,23 @@ def _hidden(dtype: torch.dtype) -> tuple[Tensor, ...]:
     return hidden, weight, tokens, torch.stack(new) - steps, torch.randn(ROWS), mask
 
 
+def _pairs(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Hidden states and head of the policy, tokens, mask of answers of any length, and hidden states and head of a reference."""
+    hidden, near = (torch.randn(ROWS, TOKENS, CHANNELS) for _ in range(2))
+    weight = torch.randn(VOCABULARY, CHANNELS) * (4 / CHANNELS) ** 0.5
+    tokens = torch.randint(VOCABULARY, (ROWS, TOKENS))
+    mask = torch.arange(TOKENS) < torch.randint(1, TOKENS + 1, (ROWS, 1))
+    return hidden.to(dtype), weight.to(dtype), tokens, mask, (hidden + 0.01 * near).to(dtype), weight.to(dtype)
+
+
+def _dpo(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, mask: Tensor, ref_hidden: Tensor, ref_weight: Tensor
+) -> Tensor:
+    with torch.no_grad():
+        reference, _ = rl.linear_sequence_logprobs(ref_hidden, ref_weight, tokens, mask)
+    return rl.linear_dpo_loss(hidden, weight, tokens, mask, *reference.chunk(2)).loss
+
+
 def _linear(*arguments: Tensor) -> Tensor:
     return rl.linear_ppo_loss(*arguments).loss
 
@@ -82,6 +99,11 @@ CASES = [
         "linear_ppo_loss", f"{ROWS * TOKENS}x{CHANNELS}x{VOCABULARY}", _hidden, _linear, eager.linear_ppo_loss,
         eager.exact_linear_ppo_loss, {"liger": peers.liger_grpo}, dtypes=(torch.bfloat16,), passes=(BOTH,),
         constants=(3, 4), flops=2 * ROWS * TOKENS * CHANNELS * VOCABULARY,
+    ),
+    Case(
+        "linear_dpo_loss", f"{ROWS * TOKENS}x{CHANNELS}x{VOCABULARY} with reference", _pairs, _dpo, eager.linear_dpo_loss,
+        eager.exact_linear_dpo_loss, {"liger": peers.liger_dpo}, dtypes=(torch.bfloat16,), passes=(BOTH,),
+        constants=(4, 5), flops=4 * ROWS * TOKENS * CHANNELS * VOCABULARY,
     ),
 ]  # fmt: skip
 

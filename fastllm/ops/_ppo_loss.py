@@ -245,5 +245,5 @@ _ppo_loss_backward = Op(
     " -> (Tensor grad_logprobs, Tensor grad_values, Tensor grad_entropy)",
     _backward_definition,
     fake=_backward_fake,
-    triton="ppo_loss:ppo_loss_backward",
+    triton="ppo_loss_backward:ppo_loss_backward",
 )

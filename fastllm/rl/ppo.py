@@ -162,24 +162,21 @@ def ppo_loss(
         AGGREGATIONS.index(aggregation), VARIANTS.index(variant),
     )  # fmt: skip
     told = dict(zip(STATS, stats.unbind()))
-    for given, needed_for in ((values, _OF_VALUES), (entropy, ("entropy",)), (ref_logprobs, ("kl",))):
-        if given is None:
-            for name in needed_for:
-                del told[name]
+    for tensor, needed_for in ((values, _OF_VALUES), (entropy, ("entropy",)), (ref_logprobs, ("kl",))):
+        if tensor is None:
+            for absent in needed_for:
+                del told[absent]
     return PPOLoss(loss, told)
 
 
 def _operand(name: str, value: Tensor, logprobs: Tensor, by_row: bool = False) -> Tensor:
     """A token tensor after its checks; by_row: (B,) or (B, 1) will do as well, and comes back as (B,)."""
-    dtype, device = logprobs.dtype, logprobs.device
-    # The usual case first: what the host does for all the tensors of a call takes longer than a small batch's loss.
-    if type(value) is Tensor and value.dtype == dtype and value.shape == logprobs.shape and value.device == device:
-        return value
     _check.is_floating(name, value)
     if value.shape != logprobs.shape:
         rows = logprobs.shape[:1]
         if not (by_row and logprobs.dim() == 2 and value.shape in (rows, (*rows, 1))):
             _check.has_shape(name, value, logprobs.shape, "the shape of logprobs")
         value = value.reshape(rows)
-    _check.same_device(name, value, "logprobs", logprobs)
-    return value.float() if value.dtype == torch.float64 != dtype else value
+    if value.device != logprobs.device:
+        _check.same_device(name, value, "logprobs", logprobs)
+    return value.float() if value.dtype == torch.float64 != logprobs.dtype else value

@@ -14,14 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastllm.kernels.triton._launch import Configuration, Work, triton_type
-from fastllm.kernels.triton._numeric import narrow
 
 BLOCK = 512
 ROW_BLOCK = 1024
 MAX_PROGRAMS = 2048
-SCALE_BLOCK = 1024
 STATS = 14
-_ENTROPY_COEF = 10  # its place among the arguments of the op that follow entropy
 TOKEN_MEAN, SEQ_TOKEN_SUM, SEQ_TOKEN_MEAN, SUM_NORM = range(4)
 PPO, CISPO, REINFORCE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 K1, K2 = tl.constexpr(0), tl.constexpr(1)
@@ -363,24 +360,6 @@ def _total_kernel(
     tl.store(stats_ptr + 13, tl.where(return_spread == 0, 0.0, explained).to(tl.float32))
 
 
-@triton.jit
-def _scale_kernel(grads_ptr, grad_loss_ptr, scale_ptr, out_ptr, tokens, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    factor = tl.load(grad_loss_ptr) * tl.load(scale_ptr)
-    grad = tl.load(grads_ptr + at, mask=at < tokens, other=0.0)
-    # A 0 stays one, whatever the normaliser is: masked tokens have no gradient.
-    tl.store(out_ptr + at, narrow(tl.where(grad == 0, 0.0, grad * factor), out_ptr), mask=at < tokens)
-
-
-@triton.jit
-def _spread_kernel(mask_ptr, grad_loss_ptr, scale_ptr, out_ptr, tokens, coef, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    factor = tl.load(grad_loss_ptr) * tl.load(scale_ptr)
-    valid = tl.load(mask_ptr + at, mask=at < tokens, other=0) != 0
-    grad = tl.where(valid & (coef != 0), coef * factor, 0.0)
-    tl.store(out_ptr + at, narrow(grad, out_ptr), mask=at < tokens)
-
-
 def ppo_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, values: Tensor | None,
     old_values: Tensor | None, returns: Tensor | None, entropy: Tensor | None, ref_logprobs: Tensor | None,
@@ -442,28 +421,6 @@ def ppo_loss(
     return loss, stats, grads, scale
 
 
-def ppo_loss_backward(
-    grad_loss: Tensor, grads: Tensor, scale: Tensor, logprobs: Tensor, _old: Tensor, _advantages: Tensor, mask: Tensor,
-    values: Tensor | None, _old_values: Tensor | None, _returns: Tensor | None, entropy: Tensor | None, *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    tokens, place = mask.numel(), 0
-    programs = (triton.cdiv(tokens, SCALE_BLOCK),)
-    found = []
-    for like in (logprobs, values, entropy):
-        if like is None:
-            found.append(grad_loss.new_empty(0))
-            continue
-        out = torch.empty_like(like, memory_format=torch.contiguous_format)
-        if tokens and place < grads.shape[0]:
-            _scale_kernel[programs](grads[place], grad_loss, scale, out, tokens, BLOCK=SCALE_BLOCK)
-        elif tokens:
-            valid, entropy_coef = mask.contiguous().view(torch.uint8), float(rest[_ENTROPY_COEF])
-            _spread_kernel[programs](valid, grad_loss, scale, out, tokens, -entropy_coef, BLOCK=SCALE_BLOCK)
-        found.append(out)
-        place += 1
-    return tuple(found)  # type: ignore[return-value]
-
-
 def configurations() -> list[Configuration]:
     """The full loss with a value head, GRPO's without, GSPO over padded rows; float32 log-probabilities, bfloat16 values."""
     numbers = ("lowest", "highest", "dual_clip", "value_clip", "value_coef", "entropy_coef", "kl_coef", "items")
@@ -480,8 +437,8 @@ def configurations() -> list[Configuration]:
         "partial",
         "num_items",
     )
-    signature = {f"{name}_ptr": "*fp32" for name in (*names, "loss", "stats", "scale", "grad_loss")}
-    signature |= {name: "fp32" for name in (*numbers, "coef")} | {
+    signature = {f"{name}_ptr": "*fp32" for name in (*names, "loss", "stats", "scale")}
+    signature |= {name: "fp32" for name in numbers} | {
         "mask_ptr": "*u8",
         "bounds_ptr": "*i32",
         "row_ptr": "*i32",
@@ -517,10 +474,4 @@ def configurations() -> list[Configuration]:
     found.append(
         Configuration(_total_kernel, {**signature, "num_items_ptr": "*i64"}, constants, label="ppo_loss total")
     )
-    for dtype in (torch.float32, torch.bfloat16):
-        typed = {**signature, "out_ptr": triton_type(dtype)}
-        label = f"ppo_loss backward {triton_type(dtype)[1:]}"
-        found.append(Configuration(_scale_kernel, typed, {"BLOCK": SCALE_BLOCK}, label=label))
-        label = f"ppo_loss backward of entropy {triton_type(dtype)[1:]}"
-        found.append(Configuration(_spread_kernel, typed, {"BLOCK": SCALE_BLOCK}, label=label))
     return found
