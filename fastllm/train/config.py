@@ -378,6 +378,7 @@ def _fitted(value: Any, kind: Any) -> Any:
     if kind is str:
         return value if isinstance(value, str) else _NO
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        value = "no" if value is False else value  # YAML 1.1 reads no as false
         return value if value in [member.value for member in kind] else _NO
     return value if isinstance(kind, type) and isinstance(value, kind) else _NO
 

@@ -38,6 +38,10 @@ def test_defaults_are_those_of_a_language_model_run():
     assert config.parse({**BASE, "eval_data": "v.jsonl", "eval_steps": 5}).arguments.eval_strategy == "steps"
 
 
+def test_no_is_a_strategy_and_not_false():
+    assert config.parse({**BASE, "save_strategy": False}).arguments.save_strategy == "no"
+
+
 def test_gradient_checkpointing_has_both_of_its_names():
     for name in ("gradient_checkpointing", "activation_checkpointing"):
         args = config.parse({**BASE, name: True}).arguments

@@ -31,7 +31,7 @@ def make(models: Models, args: Any, critic_learning_rate: float | None, steps: i
         critic_learning_rate: of the critic's parameters; None: args.learning_rate.
         steps: of the whole run, for what DeepSpeed's JSON leaves to be filled in.
     """
-    kind, options = transformers.Trainer.get_optimizer_cls_and_kwargs(args, models)
+    kind, options = transformers.Trainer.get_optimizer_cls_and_kwargs(args, models)  # type: ignore[arg-type]
     optimizer = kind(_groups(models, args, critic_learning_rate), **options)
     return (Zero if args.deepspeed else Plain)(models, optimizer, args, steps)
 
@@ -135,7 +135,6 @@ class Zero:
         settings = args.hf_deepspeed_config
         settings.trainer_config_process(args)
         settings.trainer_config_finalize(args, models, steps)
-        # Which layer is met when changes with what is asked of the models: no order to prefetch by.
         self.stage = settings.config.get("zero_optimization", {}).get("stage", 0)
         self.engine, *_ = deepspeed.initialize(
             model=models, optimizer=optimizer, config=settings.config,

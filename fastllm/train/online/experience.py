@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +19,8 @@ from fastllm.train.online.rollout import Rollout
 @dataclass(frozen=True)
 class Experience:
     """What the updates of an iteration learn from: (B, T) for tokens of `rollout`; values, returns and ref_logprobs None where
-    there is no critic or reference. scores (B,) are as the reward gave them; kl is the mean over all processes' responses, in
-    nats a response."""
+    there is no critic or reference. scores (B,) are as the reward gave them; kl is that to the reference, the mean over all
+    processes' responses in nats a response."""
 
     rollout: Rollout
     logprobs: Tensor
@@ -30,7 +29,7 @@ class Experience:
     advantages: Tensor
     returns: Tensor | None
     scores: Tensor
-    kl: float
+    kl: float | None
 
 
 @torch.no_grad()
@@ -68,7 +67,7 @@ def judged(
             advantages = rl.whiten(advantages, mask, distributed=True)
     return Experience(
         rollout, found.logprobs, found.ref_logprobs, found.values, advantages, returns, scores,
-        mean_kl(engine, found.logprobs, reference, mask),
+        None if found.ref_logprobs is None else mean_kl(engine, found.logprobs, reference, mask),
     )  # fmt: skip
 
 
@@ -76,28 +75,26 @@ def judged(
 def opinions(engine: Plain | Zero, rollout: Rollout, chunk: int) -> Opinions:
     """`Models.judge` of all responses, a chunk at a time, each without the padding that it does not need."""
     engine.models.eval()
-    shape, whole = rollout.mask.shape, [None, None, None, None]  # type: ignore[var-annotated]
+    shape = rollout.mask.shape
+    whole: dict[str, Tensor] = {}
     for index in torch.arange(len(rollout), device=rollout.ids.device).split(chunk):
         ids, attention, mask, kept = rollout.rows(index)
-        for n, part in enumerate(engine("judge", ids, attention, mask)):
+        for name, part in engine("judge", ids, attention, mask)._asdict().items():
             if part is None:
                 continue
-            if whole[n] is None:
-                whole[n] = torch.zeros(shape if part.dim() == 2 else shape[:1], device=part.device)
-            if part.dim() == 2:
-                whole[n][index, kept] = part.float()
-            else:
-                whole[n][index] = part.float()
-    return Opinions(*whole)
+            if name not in whole:
+                whole[name] = torch.zeros(shape[: part.dim()], device=part.device)
+            whole[name][(index, kept) if part.dim() == 2 else index] = part.float()
+    return Opinions(*(whole.get(name) for name in Opinions._fields))  # type: ignore[arg-type]
 
 
-def scores_of(rollout: Rollout, options: OnlineOptions, call: Callable[..., object] | None, found: Opinions) -> Tensor:
+def scores_of(rollout: Rollout, options: OnlineOptions, call: reward.Function | None, found: Opinions) -> Tensor:
     """(B,) float32: the reward function's numbers, or the reward model's."""
     if call is None:
         assert found.scores is not None
         return found.scores
     prompts, rows = [one.text for one in rollout.asked], [one.row for one in rollout.asked]
-    return reward.ask(call, str(options.reward), prompts, rollout.texts, rows).to(rollout.mask.device)  # type: ignore[arg-type]
+    return reward.ask(call, str(options.reward), prompts, rollout.texts, rows).to(rollout.mask.device)
 
 
 def mean_kl(engine: Plain | Zero, logprobs: Tensor, reference: Tensor, mask: Tensor) -> float:

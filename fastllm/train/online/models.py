@@ -195,7 +195,7 @@ def _of_response(hidden: Tensor, mask: Tensor) -> Tensor:
     return hidden[:, -mask.shape[1] - 1 : -1]
 
 
-def _scaling(model: Any) -> dict[str, float]:
+def _scaling(model: Any) -> dict[str, Any]:
     """What a family does with the products of hidden states and head."""
     config = _bare(model).config.get_text_config()
     found = {}
@@ -244,6 +244,7 @@ def load(
     if checkpointing is not None:
         actor.gradient_checkpointing_enable(**checkpointing)
     whole = Models(actor, critic, reference, reward, asked.temperature)
+    module: Any
     for module in whole.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

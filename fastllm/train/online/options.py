@@ -110,7 +110,7 @@ def completed(values: dict[str, Any]) -> dict[str, Any]:
 def settled(options: OnlineOptions, mini_batch: int) -> OnlineOptions:
     """With a number in place of every default that depends on others; mini_batch is per process."""
     kind = options.advantage
-    filled = {
+    filled: dict[str, Any] = {
         "group_size": 4 if kind in _COMPARE else 1,
         "kl_coef": 0.0 if kind in ("grpo", "dr_grpo") else 0.05,
         "kl_loss_coef": 0.04 if kind == "grpo" else 0.0,
@@ -138,6 +138,8 @@ def check(values: dict[str, Any]) -> None:
     for key in ("packing", "train_on_prompt", "eval_data"):
         if values.get(key):
             raise ConfigError(f"{key} does not belong to stage {stage}, whose data are prompts")
+    if values.get("save_strategy") == "epoch":
+        raise ConfigError(f"save_strategy: epoch does not belong to stage {stage}; give save_steps")
     kind = values.get("advantage", "gae")
     if stage == "conditional" and (wrong := given - _SHARED - _OF_CONDITIONAL):
         raise ConfigError(f"{min(wrong)} belongs to stage ppo, not to conditional")

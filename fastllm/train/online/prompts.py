@@ -47,7 +47,8 @@ class Prompts:
         self, sources: str | list[str], encoder: Encoder, *, max_length: int, on_bad_row: str, memory: str | os.PathLike[str], seed: int
     ) -> None:  # fmt: skip
         self.encoder, self.max_length, self.seed = encoder, max_length, seed
-        self.report, self.rows = Report(), []  # type: ignore[var-annotated]
+        self.report = Report()
+        self.rows: list[Asked] = []
         paths = files.find(sources)
         folder = Path(memory)
         folder.mkdir(parents=True, exist_ok=True)

@@ -42,7 +42,7 @@ def main() -> None:
         if way != "ddp":
             mine["zero_stage"] = int(way)
         run, whole = train(mine)
-        *_, first, last = checkpoint.complete(run.folder)
+        *_, last = checkpoint.complete(run.folder)
         gathers = list(gathered)
         torch.distributed.barrier()
         if os.environ["RANK"] == "0":

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from fastllm.train.online import conditional
-
 from fastllm.train.online.rollout import sample
 
 from .conftest import trained
