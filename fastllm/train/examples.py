@@ -3,6 +3,7 @@
 Names that begin with ``example:`` stand for them in a configuration, and are made when they are first needed:
 
 - ``example:llama``: a Llama of a million parameters, untrained, whose tokens are bytes.
+- ``example:tiny-llama``: one of thirty thousand, for 256 tokens.
 - ``example:sources``, ``example:held-out``: modules of the standard library, as texts.
 - ``example:questions``, ``example:held-out-questions``: "What does json.dumps do?" with the docstring's first line, as conversations.
 - ``example:preferences``, ``example:held-out-preferences``: "How much is 7 plus 5?", where "It is 12." is chosen and "It is twelve."
@@ -84,13 +85,16 @@ def tiny_config(**more: Any) -> Any:
     })  # fmt: skip
 
 
-def _llama(folder: Path) -> None:
+_TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 256}
+
+
+def _llama(folder: Path, **more: Any) -> None:
     import torch
     from transformers import LlamaForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        LlamaForCausalLM(tiny_config()).save_pretrained(folder)
+        LlamaForCausalLM(tiny_config(**more)).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
 
 
@@ -182,9 +186,10 @@ def _lines(rows: Callable[[], Iterator[dict[str, Any]]]) -> Callable[[Path], Non
     return make
 
 
-_FOLDERS = {"llama"}
+_FOLDERS = {"llama", "tiny-llama"}
 _MAKERS: dict[str, Callable[[Path], None]] = {
     "llama": _llama,
+    "tiny-llama": lambda folder: _llama(folder, **_TINY),
     "sources": _lines(lambda: _sources(False)),
     "held-out": _lines(lambda: _sources(True)),
     "questions": _lines(lambda: _questions(False)),

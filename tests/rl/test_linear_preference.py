@@ -8,6 +8,7 @@ from fastllm.rl import (
     kto_loss,
     linear_dpo_loss,
     linear_kto_loss,
+    linear_logprobs,
     linear_orpo_loss,
     linear_sequence_logprobs,
     linear_simpo_loss,
@@ -180,3 +181,20 @@ def test_bad_arguments_are_named_before_any_product(monkeypatch, loss, change, e
     with pytest.raises(error, match=message) as caught:
         loss(**{**good, **change})
     assert "\n" not in str(caught.value)
+
+
+
+def test_log_probabilities_of_tokens_are_those_of_whole_logits_and_0_where_masked():
+    learnt, tokens, mask, _ = batch()
+    given = {**learnt, "hidden": learnt["hidden"].detach().masked_fill(~mask.unsqueeze(-1), NAN).requires_grad_()}
+    found = linear_logprobs(**given, tokens=tokens.masked_fill(~mask, 10**6), mask=mask, **HOW)
+    z = 5.0 * torch.tanh(F.linear(*learnt.values()) * 1.3 / 5.0) / 0.9
+    expected = z.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1).where(mask, 0.0)
+    torch.testing.assert_close(found, expected)
+    assert not found[~mask].any()
+    weights = torch.randn(6, 5)
+    grads = [
+        torch.autograd.grad((x * weights).sum(), list(of.values())) for x, of in ((found, given), (expected, learnt))
+    ]
+    for got, wanted in zip(*grads):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
