@@ -41,7 +41,7 @@ def load_model(
     """The model of a run, ready to train: in its dtype, with RoPE rescaled, adapters added and kernels patched in.
 
     Args:
-        stage: "rm" has a head with one score instead of one for tokens; "dpo" takes its loss from hidden states, so that the
+        stage: "rm" has a head with one score instead of one for tokens; "dpo" and "ppo" take their losses from hidden states, so that the
             model's own stays unpatched.
         reference: without adapters, and without a word about what was done.
 
@@ -84,7 +84,7 @@ def load_model(
     if options.patch is not False:
         ops = "auto" if options.patch is True else options.patch
         try:
-            tell(str(fastllm.patch(model, ops, exclude=("loss",) if stage in ("rm", "dpo") else ())))
+            tell(str(fastllm.patch(model, ops, exclude=("loss",) if stage in ("rm", "dpo", "ppo") else ())))
         except ValueError as error:
             raise ConfigError(f"patch: {error}") from None
     return model

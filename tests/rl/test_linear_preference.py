@@ -183,7 +183,6 @@ def test_bad_arguments_are_named_before_any_product(monkeypatch, loss, change, e
     assert "\n" not in str(caught.value)
 
 
-
 def test_log_probabilities_of_tokens_are_those_of_whole_logits_and_0_where_masked():
     learnt, tokens, mask, _ = batch()
     given = {**learnt, "hidden": learnt["hidden"].detach().masked_fill(~mask.unsqueeze(-1), NAN).requires_grad_()}

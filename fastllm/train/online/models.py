@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 import fastllm
 from fastllm import rl
 from fastllm.errors import ConfigError
-from fastllm.train import models
+from fastllm.train import heads, models
 from fastllm.train.config import ModelOptions
+from fastllm.train.heads import HeadInput
 from fastllm.train.online.options import OnlineOptions
 
 
@@ -71,19 +73,21 @@ class Models(nn.Module):
         return Opinions(logprobs, ref_logprobs, values, self.score(ids, attention))
 
     def score(self, ids: Tensor, attention: Tensor) -> Tensor | None:
-        """(B,) the reward model's, read at each row's last token that is not padding."""
+        """(B,) the reward model's, read where transformers reads it: at each row's last token that is not the padding token, also
+        where a response ends with that token."""
         if self.reward is None:
             return None
         every = score_head(self.reward)(hidden_states(self.reward, ids, attention)).squeeze(-1)
-        return rl.sequence_scores(every, attention.bool())
+        pad = _bare(self.reward).config.get_text_config().pad_token_id
+        return rl.sequence_scores(every, attention.bool() if pad is None else attention.bool() & (ids != pad))
 
     # ---- with gradients ----------------------------------------------------------------------------------------------
 
     def logprobs(self, model: Any, ids: Tensor, attention: Tensor, mask: Tensor) -> Tensor:
         """(B, T) of the response tokens."""
-        hidden = _of_response(hidden_states(model, ids, attention), mask)
+        found = head_input(model, ids, attention, mask)
         tokens = ids[:, -mask.shape[1] :]
-        return rl.linear_logprobs(hidden, lm_head(model), tokens, mask, temperature=self.temperature, **_scaling(model))
+        return rl.linear_logprobs(found.hidden, found.head, tokens, mask, temperature=self.temperature, **found.options)
 
     def values(self, ids: Tensor, attention: Tensor, mask: Tensor) -> Tensor:
         """(B, T), of the states before the response tokens."""
@@ -101,10 +105,10 @@ class Models(nn.Module):
         """
         if self.critic is not None:
             options["values"] = self.values(ids, attention, mask)
-        hidden = _of_response(hidden_states(self.actor, ids, attention), mask)
+        found = head_input(self.actor, ids, attention, mask)
         loss, stats = rl.linear_ppo_loss(
-            hidden, lm_head(self.actor), ids[:, -mask.shape[1] :], old_logprobs, advantages, mask, temperature=self.temperature,
-            **_scaling(self.actor), **options,
+            found.hidden, found.head, ids[:, -mask.shape[1] :], old_logprobs, advantages, mask, temperature=self.temperature,
+            **found.options, **options,
         )  # fmt: skip
         if texts is not None:
             ptx = self.text_loss(*texts)
@@ -134,56 +138,42 @@ class Models(nn.Module):
 
     def text_loss(self, ids: Tensor, attention: Tensor, mask: Tensor, num_items: Tensor | float) -> Tensor:
         """Cross entropy over num_items of the tokens that `mask` (B, T), of ids' last T, names; at temperature 1."""
-        hidden = _of_response(hidden_states(self.actor, ids, attention), mask)
-        found = rl.linear_logprobs(hidden, lm_head(self.actor), ids[:, -mask.shape[1] :], mask, **_scaling(self.actor))
-        return -found.sum() / num_items
+        found = head_input(self.actor, ids, attention, mask)
+        logprobs = rl.linear_logprobs(found.hidden, found.head, ids[:, -mask.shape[1] :], mask, **found.options)
+        return -logprobs.sum() / num_items
 
 
 # ---- parts of a model --------------------------------------------------------------------------------------------------
 
 
-def hidden_states(model: Any, ids: Tensor, attention: Tensor) -> Tensor:
-    """(B, L, C) of the last layer, before the head; positions count from each row's first token that is not padding."""
-    body = _bare(model).base_model
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": attention}
-    accepted = inspect.signature(body.forward).parameters
-    if "position_ids" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
-        inputs["position_ids"] = (attention.long().cumsum(-1) - 1).clamp(min=0)
-    return body(**inputs, use_cache=False).last_hidden_state
+def head_input(model: Any, ids: Tensor, attention: Tensor, mask: Tensor) -> HeadInput:
+    """What reaches the LM head at the states (B, T) before the response tokens."""
+    found = heads.hidden_states(model, model, **_inputs(_bare(model), ids, attention))
+    return replace(found, hidden=_of_response(found.hidden, mask))
 
 
-def lm_head(model: Any) -> nn.Module:
-    return _bare(model).get_output_embeddings()
+def hidden_states(classifier: Any, ids: Tensor, attention: Tensor) -> Tensor:
+    """(B, L, C) of a classifier's last layer, which its score head reads."""
+    body = _bare(classifier).base_model
+    return body(**_inputs(body, ids, attention), use_cache=False).last_hidden_state
 
 
 def score_head(model: Any) -> nn.Module:
     """The layer of a sequence classifier that makes one number of a hidden state."""
     bare = _bare(model)
-    heads = [m for name, m in bare.named_children() if m is not bare.base_model]
-    if len(heads) != 1:
+    found = [m for m in bare.children() if m is not bare.base_model]
+    if len(found) != 1:
         raise ConfigError(f"{type(bare).__name__} does not tell which of its layers gives the score")
-    return heads[0]
+    return found[0]
 
 
-def check_head(model: Any, ids: Tensor) -> None:
-    """Compares log-probabilities from hidden states with those of the model's own logits on a few tokens.
-
-    Raises:
-        ConfigError: they differ: this family does more between hidden states and logits than is known here.
-    """
-    with torch.no_grad():
-        attention, mask = torch.ones_like(ids), torch.ones_like(ids[:, 1:], dtype=torch.bool)
-        hidden = _of_response(hidden_states(model, ids, attention), mask)
-        found = rl.linear_logprobs(hidden, lm_head(model), ids[:, 1:], mask, **_scaling(model))
-        logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits[:, :-1].float()
-        expected = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-    error = (found - expected).abs().max().item()
-    tolerance = 1e-3 if hidden.dtype == torch.float32 else 0.2
-    if not error <= tolerance * max(1.0, expected.abs().max().item()):
-        raise ConfigError(
-            f"{type(_bare(model)).__name__} computes its logits in a way that stages ppo and conditional do not know "
-            f"(log-probabilities differ by {error:.2g})"
-        )
+def _inputs(model: Any, ids: Tensor, attention: Tensor) -> dict[str, Tensor]:
+    """With positions that count from each row's first token that is not padding, where a model takes them."""
+    accepted = inspect.signature(type(model).forward).parameters
+    if "position_ids" not in accepted and not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        return {"input_ids": ids, "attention_mask": attention}
+    positions = (attention.long().cumsum(-1) - 1).clamp(min=0)
+    return {"input_ids": ids, "attention_mask": attention, "position_ids": positions}
 
 
 def _bare(model: Any) -> Any:
@@ -193,19 +183,6 @@ def _bare(model: Any) -> Any:
 
 def _of_response(hidden: Tensor, mask: Tensor) -> Tensor:
     return hidden[:, -mask.shape[1] - 1 : -1]
-
-
-def _scaling(model: Any) -> dict[str, Any]:
-    """What a family does with the products of hidden states and head."""
-    config = _bare(model).config.get_text_config()
-    found = {}
-    if softcap := getattr(config, "final_logit_softcapping", None):
-        found["softcap"] = float(softcap)
-    if isinstance(scale := getattr(config, "logit_scale", None), (int, float)):
-        found["logit_scale"] = float(scale)
-    if isinstance(divisor := getattr(config, "logits_scaling", None), (int, float)):
-        found["logit_scale"] = 1 / divisor
-    return found
 
 
 # ---- loading -----------------------------------------------------------------------------------------------------------
@@ -224,13 +201,12 @@ def load(
     Raises:
         ConfigError: a model that is not there, or does not fit.
     """
-    actor = models.load_model(options, tokenizer, max_length)
+    actor = models.load_model(options, tokenizer, max_length, stage="ppo")
     reference: Any = None
     if with_reference and options.lora:
         reference = "adapters off"
     elif with_reference:
-        with _silent():
-            reference = models.load_model(options, tokenizer, max_length)
+        reference = models.load_model(options, tokenizer, max_length, stage="ppo", reference=True)
         if options.from_scratch:
             reference.load_state_dict(actor.state_dict())
     judge = asked.reward if asked.reward and not is_function(asked.reward) else None
@@ -288,13 +264,9 @@ def _classifier(name: str, key: str, options: ModelOptions, tokenizer: Any, lora
             for parameter in score_head(model).parameters():
                 parameter.zero_()
     if lora:
-        import peft
-
-        settings = {**lora, "task_type": "SEQ_CLS"}
-        model = peft.get_peft_model(model, peft.LoraConfig(**settings))
+        model = models._with_adapters(model, lora, "SEQ_CLS")
     if options.patch is not False:
-        with _silent():
-            fastllm.patch(model, "auto" if options.patch is True else options.patch)
+        fastllm.patch(model, "auto" if options.patch is True else options.patch, exclude=("loss",))
     return model
 
 
@@ -316,15 +288,4 @@ def _gathered(parameters: list[Any]) -> Iterator[None]:
         with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
             yield
     else:
-        yield
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """What is said of the actor need not be said again of its reference."""
-    import io
-    import warnings
-
-    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
         yield

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
@@ -100,10 +99,6 @@ class Run:
         )  # fmt: skip
         if self.resumed:
             checkpoint.check_same_model(self.resumed, whole.actor)
-        if not any(
-            hasattr(p, "ds_id") for p in whole.actor.parameters()
-        ):  # ZeRO-3 runs nothing before its engine is there
-            online_models.check_head(whole.actor, torch.tensor([prompts.rows[0].ids[:16] * 2]))
         self.folder = self.resumed.parent if self.resumed else common._new_run(options)
         args.output_dir = str(self.folder)
         engine = engines.make(whole, args, asked.critic_learning_rate, self.steps)
