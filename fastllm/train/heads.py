@@ -20,7 +20,7 @@ class HeadInput:
 
     hidden: Tensor
     head: nn.Module
-    options: dict[str, float]
+    options: dict[str, Any]
 
 
 def hidden_states(model: Any, inner: Any, **inputs: Any) -> HeadInput:
