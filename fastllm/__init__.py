@@ -10,6 +10,7 @@ from fastllm.rope import extend_context, restore_context
 
 if TYPE_CHECKING:
     from fastllm.streaming import StreamingCache
+    from fastllm.train import plan
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "ops",
     "patch",
     "patched",
+    "plan",
     "restore_context",
     "rl",
     "rope",
@@ -39,9 +41,11 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """What needs transformers is imported when it is asked for."""
-    if name in ("StreamingCache", "streaming"):
-        import importlib
+    import importlib
 
+    if name == "plan":
+        return importlib.import_module("fastllm.train.plan")
+    if name in ("StreamingCache", "streaming"):
         streaming = importlib.import_module("fastllm.streaming")
         return streaming if name == "streaming" else streaming.StreamingCache
     raise AttributeError(f"module 'fastllm' has no attribute {name!r}")

@@ -1,4 +1,5 @@
-"""The command line: ``fastllm doctor``, ``fastllm patch``, ``fastllm context``, ``fastllm train`` and ``fastllm stream``."""
+"""The command line: ``fastllm doctor``, ``fastllm patch``, ``fastllm context``, ``fastllm plan``, ``fastllm train`` and
+``fastllm stream``."""
 
 from __future__ import annotations
 
@@ -105,6 +106,31 @@ def _parser() -> _Parser:
     context.add_argument("--target", type=int, required=True, metavar="N", help="tokens to read")
     context.set_defaults(run=_context)
 
+    plan = commands.add_parser(
+        "plan",
+        parents=[shared],
+        help="what training a model takes: memory of each GPU under ZeRO 0 to 3 and offload, time, and what fits",
+        description="Reads a model's configuration and simulates a training step without weights: parameters, gradients, optimizer "
+        "and activations, with and without checkpointing and fused kernels, for each way to share them. Nothing is written.",
+    )
+    plan.add_argument("--model", required=True, metavar="MODEL", help="as for fastllm patch")
+    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="data-parallel; default: 1")
+    plan.add_argument("--gpu-memory", metavar="SIZE", help="of each, in GB, or 80GiB say: tells what fits")
+    plan.add_argument("--seq", type=int, default=2048, metavar="L", help="tokens of a row; default: 2048")
+    plan.add_argument("--batch", type=int, default=1, metavar="B", help="rows of a micro batch on a GPU; default: 1")
+    plan.add_argument("--accumulation", type=int, default=1, metavar="N", help="micro batches of a step; default: 1")
+    plan.add_argument("--lora", type=int, metavar="R", help="train adapters of this rank on every linear layer")
+    plan.add_argument("--optimizer", default="adamw", choices=["adamw", "adamw8bit"], help="default: adamw")
+    plan.add_argument(
+        "--precision", default="bf16", choices=["bf16", "fp32", "autocast"],
+        help="bf16 as DeepSpeed has it, with a master copy in fp32 (default); fp32; autocast: fp32 weights, bf16 products",
+    )  # fmt: skip
+    plan.add_argument("--device", metavar="NAME", help="a GPU whose peak is known: A100, H100, H200, B200, MI300X")
+    plan.add_argument("--mfu", metavar="SHARE|RUN", help="share of the peak, or a run's folder that has measured it")
+    plan.add_argument("--link", metavar="SIZE", help="GB a second between GPUs, for ZeRO-3's traffic")
+    plan.add_argument("--no-patch", action="store_true", help="plan without fastllm's kernels")
+    plan.set_defaults(run=_plan)
+
     train = commands.add_parser(
         "train",
         parents=[shared],
@@ -209,6 +235,25 @@ def _context(arguments: argparse.Namespace) -> int:
         print(json.dumps(asdict(found), indent=2))
     else:
         print(f"{found}\n\n{_wavelengths(found)}")
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    try:
+        config = _configuration(arguments.model)
+        from fastllm.train import plan_report
+        from fastllm.train.plan import memory
+
+        found = memory(
+            config, gpus=arguments.gpus, seq=arguments.seq, batch=arguments.batch, accumulation=arguments.accumulation,
+            gpu_memory=arguments.gpu_memory and plan_report.bytes_of(arguments.gpu_memory, "--gpu-memory"),
+            precision=arguments.precision, optimizer=arguments.optimizer, lora=arguments.lora, device=arguments.device,
+            mfu=arguments.mfu and plan_report.mfu_of(arguments.mfu), patch=not arguments.no_patch,
+            link=arguments.link and plan_report.bytes_of(arguments.link, "--link"),
+        )  # fmt: skip
+    except ConfigError as error:
+        raise _WronglyCalled from error
+    print(json.dumps(asdict(found), indent=2) if arguments.json else plan_report.render(found))
     return 0
 
 

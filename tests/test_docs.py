@@ -49,7 +49,7 @@ def test_commands_in_the_documentation_exist():
         for line in re.findall(r"^fastllm (.*)$", commands, re.MULTILINE):
             cli._parser().parse_args(line.split())
             found += 1
-        assert set(re.findall(r"`fastllm ([a-z]+)", text)) <= {"doctor", "patch", "context", "train", "stream"}
+        assert set(re.findall(r"`fastllm ([a-z]+)", text)) <= {"doctor", "patch", "context", "plan", "train", "stream"}
     assert found
 
 
