@@ -64,14 +64,21 @@ def _time(kernel: str, width: int, length: int, quick: bool) -> list[dict[str, A
         else:
             attention.backward(grad, None, q, k, v, out, lse, lost, *rest)
 
-    place, shipped = (kernel, chip), shipped_tiles.TILES.get((kernel, chip))
-    flags = {"BLOCK_D": width, "BLOCK_DV": width, "MASK": False, "WINDOW": False, "SINKS": False}
-    own = shipped_tiles.tiles_for(kernel, flags, torch.bfloat16, chip)
-    tried = [own] + [shipped_tiles.Tiles(*t) for t in itertools.product(QUERIES, KEYS, WARPS, STAGES)]
+    place = (kernel, chip)
+    described = place in shipped_tiles.DESCRIPTOR_TILES
+    table: dict[tuple[str, str], Any] = shipped_tiles.DESCRIPTOR_TILES if described else shipped_tiles.TILES
+    shipped = table.get(place)
+    flags = {"BLOCK_D": width, "BLOCK_DV": width} | dict.fromkeys(("MASK", "WINDOW", "SINKS", "CAP", "ALIBI"), False)
+    own = shipped_tiles.tiles_for(kernel, flags, torch.bfloat16, chip, described)
+    # How blocks are read, and where the compiler knows how, by which warps.
+    ways = [(described, False)] + [(False, False), (True, True)] * described
+    tried = [own] + [
+        shipped_tiles.Tiles(*t, *way) for way in ways for t in itertools.product(QUERIES, KEYS, WARPS, STAGES)
+    ]
     found = []
     try:
         for tiles in dict.fromkeys(tried[:3] if quick else tried):
-            shipped_tiles.TILES[place] = (tiles, tiles, tiles)
+            table[place] = (tiles, tiles, tiles)
             try:
                 milliseconds = _median(call)
             except Exception as error:  # too much shared memory for this chip, mostly
@@ -83,9 +90,9 @@ def _time(kernel: str, width: int, length: int, quick: bool) -> list[dict[str, A
             )
     finally:
         if shipped is None:
-            del shipped_tiles.TILES[place]
+            del table[place]
         else:
-            shipped_tiles.TILES[place] = shipped
+            table[place] = shipped
     return found
 
 

@@ -49,6 +49,11 @@ class Call(NamedTuple):
     def learns(self) -> bool:
         return torch.is_grad_enabled() and (self.q.requires_grad or self.k.requires_grad or self.v.requires_grad)
 
+    @property
+    def must_repeat(self) -> bool:
+        """Whether a backward pass is to come that must give the same bits each time."""
+        return self.learns and torch.are_deterministic_algorithms_enabled()
+
 
 # ---- what each can serve: empty, or the reason why not -------------------------------------------------------------
 
@@ -68,6 +73,17 @@ def _common(call: Call) -> str:
     return ""
 
 
+def _capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of an NVIDIA GPU. Enough for all elsewhere: on ROCm, where libraries have rules of their own, and
+    of a fake tensor's device."""
+    if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
+        return (8, 0)
+    return torch.cuda.get_device_capability(device)
+
+
+_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _sdpa_refuses(call: Call) -> str:
     if reason := _common(call):
         return reason
@@ -84,12 +100,18 @@ def _sdpa_refuses(call: Call) -> str:
         and (call.q.dtype == torch.float32 or call.q.shape[-1] > 256)
     ):
         return "it has no fused kernel for grouped heads here"
+    if call.q.is_cuda and call.must_repeat and torch.is_deterministic_algorithms_warn_only_enabled():
+        return (
+            "its backward pass repeats to the last bit only where torch.use_deterministic_algorithms does not just warn"
+        )
     return ""
 
 
 def _flash_attn_refuses(call: Call) -> str:
     if reason := _common(call):
         return reason
+    if (capability := _capability(call.q.device)) < (8, 0):
+        return f"it takes GPUs of compute capability 8.0 and later, this one has {capability[0]}.{capability[1]}"
     if call.q.dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 and bfloat16, not {call.q.dtype}"
     if call.q.shape[-1] != call.v.shape[-1] or call.q.shape[-1] > 256:
@@ -108,6 +130,8 @@ def _xformers_refuses(call: Call) -> str:
         return reason
     if call.q.shape[1] != call.k.shape[1]:
         return "it would copy keys for grouped heads"
+    if call.must_repeat:
+        return "its backward pass is not deterministic, and torch.use_deterministic_algorithms is on"
     return ""
 
 
@@ -125,7 +149,8 @@ def _sdpa(call: Call) -> Tensor:
 def _flash_attn(call: Call) -> Tensor:
     library = importlib.import_module("flash_attn")
     options: dict[str, Any] = {
-        "softmax_scale": call.scale, "causal": call.causal, "softcap": call.softcap or 0.0, "deterministic": True,
+        "softmax_scale": call.scale, "causal": call.causal, "softcap": call.softcap or 0.0,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "window_size": (-1, -1) if call.window is None else (call.window - 1, 0),
         "alibi_slopes": None if call.alibi_slopes is None else call.alibi_slopes.float(),
     }  # fmt: skip
@@ -256,6 +281,8 @@ def reasons(call: Call) -> tuple[str, str, dict[str, str]]:
     why = "no library takes such tensors"
     if call.q.device.type in ("cpu", "cuda"):
         order, why = ranking(call.q.device, call.q.dtype, call.learns)
+    if chosen == "flash-attn" and call.must_repeat:
+        why += "; asked for its deterministic backward pass"
     found = {}
     for name in LIBRARIES:
         if name != chosen:

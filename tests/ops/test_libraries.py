@@ -17,7 +17,7 @@ def flash(q, k, v, softmax_scale, causal, window_size, softcap, alibi_slopes, de
     """flash_attn_func, from its documentation: (B, L, heads, D), masks aligned to the bottom right."""
     assert q.dtype in (torch.float16, torch.bfloat16)
     assert q.shape[-1] == k.shape[-1] == v.shape[-1] <= 256
-    assert deterministic
+    assert deterministic == torch.are_deterministic_algorithms_enabled()
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     i = torch.arange(q.shape[2]).unsqueeze(1) + k.shape[2] - q.shape[2]
     j = torch.arange(k.shape[2])
@@ -110,6 +110,58 @@ def test_whoever_serves_a_call_the_result_is_ours(library, dtype, libraries, mon
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, msg=lambda m: f"{m}\n{options}")  # noqa: B023
     assert served[_libraries.OURS] > 20
     assert (served[library] > 10) != ((library, dtype) == ("flash-attn", torch.float32))
+
+
+def test_an_older_gpu_is_told_why_flash_attn_does_not_serve_it(libraries, monkeypatch):
+    monkeypatch.setattr(_libraries, "ranking", lambda *_: (("flash-attn", _libraries.OURS), "a test"))
+    q, k, v = (t.bfloat16() for t in tensors(1, 2, 2, 4, 4, 8, 8))
+    assert fastllm.backends.explain("attention", q, k, v).startswith("attention: flash-attn (a test)")
+    monkeypatch.setattr(_libraries, "_capability", lambda device: (7, 5))
+    told = fastllm.backends.explain("attention", q, k, v)
+    assert told.startswith("attention: cpp")
+    assert "not flash-attn: it takes GPUs of compute capability 8.0 and later, this one has 7.5" in told
+
+
+def test_the_capability_is_that_of_the_gpu_where_there_is_one(monkeypatch):
+    assert _libraries._capability(torch.device("cpu")) == (8, 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    assert _libraries._capability(torch.device("cuda", 1)) == (7, 0)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert _libraries._capability(torch.device("cuda", 1)) == (8, 0)
+
+
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("mode", ["off", "on", "warn"])
+def test_gradients_that_must_repeat_are_left_to_who_repeats_them(mode, learns, libraries, monkeypatch):
+    torch.use_deterministic_algorithms(mode != "off", warn_only=mode == "warn")
+    q, k, v = (t.bfloat16().requires_grad_(learns) for t in tensors(1, 2, 2, 4, 4, 8, 8))
+    told = {}
+    for library in _libraries.LIBRARIES:
+        monkeypatch.setattr(_libraries, "ranking", lambda *_: ((library, _libraries.OURS), "a test"))  # noqa: B023
+        told[library] = fastllm.backends.explain("attention", q, k, v)
+        attention(q, k, v)  # flash above checks that it is asked for what the mode asks
+    assert told["sdpa"].startswith("attention: sdpa")  # on the CPU; on a GPU see below
+    asked = "; asked for its deterministic backward pass" if learns and mode != "off" else ""
+    assert told["flash-attn"].startswith(f"attention: flash-attn (a test{asked})")
+    refused = "not xformers: its backward pass is not deterministic, and torch.use_deterministic_algorithms is on"
+    assert (refused in told["xformers"]) == (learns and mode != "off")
+    assert told["xformers"].startswith("attention: xformers") != (learns and mode != "off")
+
+
+@pytest.mark.parametrize(("warns", "told"), [(True, "repeats to the last bit only where"), (False, "")])
+def test_sdpa_of_a_gpu_repeats_its_gradients_only_where_it_must(warns, told):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    torch.use_deterministic_algorithms(True, warn_only=warns)
+    with FakeTensorMode():
+        q = torch.empty(1, 2, 4, 8, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        nothing = dict.fromkeys(_libraries.Call._fields[5:])
+        refused = _libraries._sdpa_refuses(
+            _libraries.Call(q, q, q, True, 1.0, **nothing | {"return_lse": False, "sinks": 0})
+        )
+    assert told in refused
+    assert bool(told) == bool(refused)
 
 
 def test_lse_and_derivatives_of_derivatives_stay_with_ours(libraries, monkeypatch):

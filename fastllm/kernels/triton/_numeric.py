@@ -12,18 +12,24 @@ _INTERPRETED = tl.constexpr(interpreted())
 
 @triton.jit
 def narrow(x, pointer):
-    """x (fp32) in the element type of `pointer`, rounded to nearest even.
+    """x (fp32) in the element type of `pointer`, rounded to nearest even."""
+    return narrow_to(x, pointer.dtype.element_ty)
+
+
+@triton.jit
+def narrow_to(x, TYPE: tl.constexpr):
+    """x (fp32) in TYPE, rounded to nearest even.
 
     Hardware rounds a plain cast that way. Triton's interpreter truncates fp32 to bf16, which would be a second meaning
     for the same kernel, so there the rounding is done on the bits.
     """
-    if _INTERPRETED and pointer.dtype.element_ty == tl.bfloat16:
+    if _INTERPRETED and tl.bfloat16 == TYPE:
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         kept = tl.where(x != x, (bits >> 16) | 0x40, rounded)
         return kept.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:  # noqa: RET505 - one constexpr choice, of which Triton compiles one branch
-        return x.to(pointer.dtype.element_ty)
+        return x.to(TYPE)
 
 
 @triton.jit

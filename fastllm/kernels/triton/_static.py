@@ -84,8 +84,11 @@ def compile_for(configuration: Configuration, target: str) -> Compiled:
         return Compiled(
             threads=_number(r"\.max_flat_workgroup_size:\s+(\d+)", text),
             registers=_number(r"\.vgpr_count:\s+(\d+)", text),
-            spilled_bytes=4
-            * (_number(r"\.vgpr_spill_count:\s+(\d+)", text) + _number(r"\.sgpr_spill_count:\s+(\d+)", text)),
+            # Scalar registers that are kept in lanes of vector registers, as the compiler does first, cost no memory.
+            spilled_bytes=max(
+                4 * _number(r"\.vgpr_spill_count:\s+(\d+)", text),
+                _number(r"\.private_segment_fixed_size:\s+(\d+)", text),
+            ),
             shared_bytes=built.metadata.shared,
             tensor_columns=0,
             code=text,

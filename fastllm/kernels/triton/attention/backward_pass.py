@@ -11,20 +11,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllm.kernels.triton._numeric import add_product, narrow, product
+from fastllm.kernels.triton._numeric import add_product, narrow_to, product
 from fastllm.kernels.triton.attention.blocks import (
     COUNTS,
     LOG2_E,
     bent_scores,
-    key_range,
+    block_rows,
+    key_at,
+    key_steps,
     load_rows,
     pairs_seen,
     sequence,
     store_rows,
-    whole_end,
 )
-from fastllm.kernels.triton.attention.call import prepare, steps, whole_rows
-from fastllm.kernels.triton.attention.tiles import chip_of, is_dense, passes, tiles_for
+from fastllm.kernels.triton.attention.call import describable, prepare, rows_of, steps, whole_rows
+from fastllm.kernels.triton.attention.tiles import is_dense, passes, tiles_for
 
 
 def backward(
@@ -48,20 +49,22 @@ def backward(
         BLOCK_DV=c.flags["BLOCK_DV"], M=64,
     )  # fmt: skip
     operands = (*steps(c.q), *steps(c.k), *steps(c.v), *steps(grad_out))
-    tiles = tiles_for("key_value", c.flags, q.dtype, chip_of(q.device))
+    tiles = tiles_for("key_value", c.flags, q.dtype, c.chip, describable(c.q, grad_out))
     blocks, table = c.blocks(False, tiles.n)
+    q_rows, grad_rows = (rows_of(t, tiles.m, tiles.descriptors) for t in (c.q, grad_out))
     for grad_of_k, grad_of_v in passes(c.flags, q.dtype):
         key_value_kernel[(blocks * (rows // c.numbers["group"]),)](
-            c.q, c.k, c.v, grad_out, lse, lost, delta, grad_k, grad_v, *c.pointers(table), *operands, *steps(grad_k),
-            *steps(grad_v), *c.mask_steps(), blocks, **c.numbers, **c.flags, scale=scale, GRAD_K=grad_of_k,
-            GRAD_V=grad_of_v, PRECISE=precise, M=tiles.m, N=tiles.n, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            q_rows, c.k, c.v, grad_rows, lse, lost, delta, grad_k, grad_v, *c.pointers(table), *operands, *steps(grad_k),
+            *steps(grad_v), *c.mask_steps(), blocks, **c.numbers, **c.flags, **c.lists(False, tiles), scale=scale,
+            GRAD_K=grad_of_k, GRAD_V=grad_of_v, PRECISE=precise, **tiles.options(),
         )  # fmt: skip
-    tiles = tiles_for("query", c.flags, q.dtype, chip_of(q.device))
+    tiles = tiles_for("query", c.flags, q.dtype, c.chip, describable(c.k, c.v))
     blocks, table = c.blocks(True, tiles.m)
+    k_rows, v_rows = (rows_of(t, tiles.n, tiles.descriptors) for t in (c.k, c.v))
     query_kernel[(blocks * rows,)](
-        c.q, c.k, c.v, grad_out, lse, lost, delta, grad_q, *c.pointers(table), *operands, *steps(grad_q), *c.mask_steps(),
-        blocks, **c.numbers, **c.flags, DENSE=is_dense(c.flags, q.dtype), PRECISE=precise, scale=scale, M=tiles.m, N=tiles.n,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        c.q, k_rows, v_rows, grad_out, lse, lost, delta, grad_q, *c.pointers(table), *operands, *steps(grad_q),
+        *c.mask_steps(), blocks, **c.numbers, **c.flags, **c.lists(True, tiles), DENSE=is_dense(c.flags, q.dtype),
+        PRECISE=precise, scale=scale, **tiles.options(),
     )  # fmt: skip
     return grad_q, grad_k, grad_v
 
@@ -86,14 +89,14 @@ def _delta_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def key_value_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, lost_ptr, delta_ptr, grad_k_ptr, grad_v_ptr, slope_ptr, mask_ptr, table_ptr, cu_q_ptr,
-    cu_k_ptr, q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, grad_batch, grad_head,
-    grad_token, grad_k_batch, grad_k_head, grad_k_token, grad_v_batch, grad_v_head, grad_v_token,
-    mask_batch, mask_head, mask_q, mask_k, blocks, heads, group, queries, keys, tokens, scale, scale_log2, cap_in, cap_out, window,
-    sinks, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, MASK: tl.constexpr,
-    CAP: tl.constexpr, ALIBI: tl.constexpr, PACKED: tl.constexpr, GRAD_K: tl.constexpr, GRAD_V: tl.constexpr,
-    PRECISE: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, lost_ptr, delta_ptr, grad_k_ptr, grad_v_ptr, slope_ptr, mask_ptr, table_ptr,
+    cu_q_ptr, cu_k_ptr, q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, grad_batch, grad_head,
+    grad_token, grad_k_batch, grad_k_head, grad_k_token, grad_v_batch, grad_v_head, grad_v_token, mask_batch, mask_head,
+    mask_q, mask_k, blocks, heads, group, queries, keys, tokens, scale, scale_log2, cap_in, cap_out, window, sinks, list_ptr,
+    count_ptr, list_batch, list_head, list_length, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    SINKS: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, PACKED: tl.constexpr,
+    GRAD_K: tl.constexpr, GRAD_V: tl.constexpr, PRECISE: tl.constexpr, DESCRIPTORS: tl.constexpr, SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
     row, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     kv_heads = heads // group
@@ -107,9 +110,9 @@ def key_value_kernel(
     v = load_rows(v_ptr + batch * v_batch + kv_head * v_head + first_k * v_token, first, keys, v_token, N, DV, BLOCK_DV)
     j = first + tl.arange(0, N)[:, None]
     begin, end = shift * 0, queries
-    if CAUSAL:
+    if CAUSAL and not MASK:
         begin = tl.minimum(tl.maximum(first - shift, 0), queries) // M * M
-    if WINDOW:
+    if WINDOW and not MASK:
         reach = tl.minimum(tl.maximum(tl.minimum(first + N, keys) - 1 + window - shift, 0), queries)
         if SINKS:
             end = tl.where(first < sinks, queries, reach)
@@ -122,15 +125,23 @@ def key_value_kernel(
         slope = 0.0
         if ALIBI:
             slope = tl.load(slope_ptr + head) * LOG2_E
-        q_here = q_ptr + batch * q_batch + head * q_head + first_q * q_token
-        grad_here = grad_ptr + batch * grad_batch + head * grad_head + first_q * grad_token
+        q_here, grad_here = q_ptr, grad_ptr
+        if not DESCRIPTORS:
+            q_here += batch * q_batch + head * q_head + first_q * q_token
+            grad_here += batch * grad_batch + head * grad_head + first_q * grad_token
         stats = (batch * heads + head) * tokens + first_q
         mask_here = mask_ptr + batch * mask_batch + head * mask_head
+        list_here, room, jump = list_ptr, 0, 0
+        if MASK:
+            own = (batch * list_batch + head * list_head) * blocks + block
+            list_here = list_ptr + own * list_length
+            every, some = tl.load(count_ptr + 2 * own), tl.load(count_ptr + 2 * own + 1)
+            room, jump, end = every * M, (list_length - every - some) * M, (every + some) * M
         grad_k, grad_v = _key_value_blocks(
-            grad_k, grad_v, k, v, j, first, begin, end, q_here, grad_here, lse_ptr + stats, lost_ptr + stats,
+            grad_k, grad_v, k, v, j, first, begin, end, q_here, grad_here, batch, head, lse_ptr + stats, lost_ptr + stats,
             delta_ptr + stats, q_token, grad_token, shift, queries, keys, slope, scale_log2, cap_in, cap_out, window, sinks,
-            mask_here, mask_q, mask_k, CAUSAL, WINDOW, SINKS, MASK, CAP, ALIBI, M, D, BLOCK_D, DV, BLOCK_DV, GRAD_K,
-            GRAD_V, PRECISE,
+            mask_here, mask_q, mask_k, list_here, room, jump, CAUSAL, WINDOW, SINKS, MASK, CAP, ALIBI, M, D, BLOCK_D, DV,
+            BLOCK_DV, GRAD_K, GRAD_V, PRECISE, DESCRIPTORS, SPECIALIZED,
         )  # fmt: skip
     grad_k_ptr += batch * grad_k_batch + kv_head * grad_k_head + first_k * grad_k_token
     grad_v_ptr += batch * grad_v_batch + kv_head * grad_v_head + first_k * grad_v_token
@@ -142,15 +153,16 @@ def key_value_kernel(
 
 @triton.jit
 def _key_value_blocks(
-    grad_k, grad_v, k, v, j, j0, begin, end, q_ptr, grad_ptr, lse_ptr, lost_ptr, delta_ptr, q_token, grad_token, shift, queries, keys,
-    slope, scale_log2, cap_in, cap_out, window, sinks, mask_ptr, mask_q, mask_k, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    SINKS: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, M: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, GRAD_K: tl.constexpr, GRAD_V: tl.constexpr,
-    PRECISE: tl.constexpr,
+    grad_k, grad_v, k, v, j, j0, begin, end, q_ptr, grad_ptr, batch, head, lse_ptr, lost_ptr, delta_ptr, q_token, grad_token,
+    shift, queries, keys, slope, scale_log2, cap_in, cap_out, window, sinks, mask_ptr, mask_q, mask_k, list_ptr, room, jump,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr,
+    ALIBI: tl.constexpr, M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    GRAD_K: tl.constexpr, GRAD_V: tl.constexpr, PRECISE: tl.constexpr, DESCRIPTORS: tl.constexpr, SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
-    for i0 in range(begin, end, M):
-        q = load_rows(q_ptr, i0, queries, q_token, M, D, BLOCK_D)
-        grad = load_rows(grad_ptr, i0, queries, grad_token, M, DV, BLOCK_DV)
+    for step in tl.range(begin, end, M, warp_specialize=SPECIALIZED):
+        i0 = key_at(step, room, jump, list_ptr, M, False, MASK)
+        q = block_rows(q_ptr, batch, head, i0, queries, q_token, M, D, BLOCK_D, DESCRIPTORS)
+        grad = block_rows(grad_ptr, batch, head, i0, queries, grad_token, M, DV, BLOCK_DV, DESCRIPTORS)
         at = i0 + tl.arange(0, M)
         lse, lost = _logarithms(lse_ptr, lost_ptr, at, at < queries, PRECISE)
         products = product(k, tl.trans(q))
@@ -159,31 +171,16 @@ def _key_value_blocks(
         weights = tl.exp2(scores - lse[None, :] - lost[None, :]) if PRECISE else tl.exp2(scores - lse[None, :])
         if CAUSAL or WINDOW or MASK:
             seen = pairs_seen(
-                i,
-                j,
-                i0,
-                j0,
-                shift,
-                queries,
-                keys,
-                window,
-                sinks,
-                mask_ptr,
-                mask_q,
-                mask_k,
-                CAUSAL,
-                WINDOW,
-                SINKS,
-                MASK,
-                False,
-            )
+                i, j, i0, j0, shift, queries, keys, window, sinks, mask_ptr, mask_q, mask_k, CAUSAL, WINDOW, SINKS,
+                MASK, False,
+            )  # fmt: skip
             weights = tl.where(seen, weights, 0.0)
         if GRAD_V:
-            grad_v = add_product(grad_v, narrow(weights, grad_ptr), grad)
+            grad_v = add_product(grad_v, narrow_to(weights, k.dtype), grad)
         if GRAD_K:
             delta = tl.load(delta_ptr + at, mask=at < queries, other=0.0)
             grad_scores = weights * (product(v, tl.trans(grad)) - delta[None, :]) * steep
-            grad_k = add_product(grad_k, narrow(grad_scores, q_ptr), q)
+            grad_k = add_product(grad_k, narrow_to(grad_scores, k.dtype), q)
     return grad_k, grad_v
 
 
@@ -192,10 +189,11 @@ def query_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, lost_ptr, delta_ptr, grad_q_ptr, slope_ptr, mask_ptr, table_ptr, cu_q_ptr, cu_k_ptr,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, grad_batch, grad_head, grad_token,
     grad_q_batch, grad_q_head, grad_q_token, mask_batch, mask_head, mask_q, mask_k, blocks, heads, group, queries, keys, tokens,
-    scale, scale_log2, cap_in, cap_out, window, sinks, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr,
+    scale, scale_log2, cap_in, cap_out, window, sinks, list_ptr, count_ptr, list_batch, list_head,
+    list_length, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr,
     BLOCK_DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     SINKS: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, PACKED: tl.constexpr, DENSE: tl.constexpr,
-    PRECISE: tl.constexpr,
+    PRECISE: tl.constexpr, DESCRIPTORS: tl.constexpr, SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
     row, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     if not PACKED:
@@ -214,31 +212,33 @@ def query_kernel(
     stats = row.to(tl.int64) * tokens + first_q + at
     lse, lost = _logarithms(lse_ptr, lost_ptr, stats, at < queries, PRECISE)
     delta = tl.load(delta_ptr + stats, mask=at < queries, other=0.0)
-    k_ptr += batch * k_batch + head // group * k_head + first_k * k_token
-    v_ptr += batch * v_batch + head // group * v_head + first_k * v_token
+    kv_head = head // group
+    if not DESCRIPTORS:
+        k_ptr += batch * k_batch + kv_head * k_head + first_k * k_token
+        v_ptr += batch * v_batch + kv_head * v_head + first_k * v_token
     mask_ptr += batch * mask_batch + head * mask_head
+    if MASK:
+        own = (batch * list_batch + head * list_head) * blocks + block
+        list_ptr += own * list_length
+        count_ptr += 2 * own
     slope = 0.0
     if ALIBI:
         slope = tl.load(slope_ptr + head) * LOG2_E
     last = tl.minimum(first + M, queries) - 1
-    sinks_room, begin, end = key_range(first, last, shift, keys, window, sinks, N, CAUSAL, WINDOW, SINKS)
-    # Dense: the blocks that all see, without arithmetic of masks, then the edge. Else one loop: copies of it take registers.
-    jump, edge = begin - sinks_room, begin * 0
-    if WINDOW and not SINKS:
-        jump, edge = begin * 0, begin
-    if DENSE:
-        edge = whole_end(first, shift, keys, N, CAUSAL)
+    room, jump, edge, end = key_steps(
+        first, last, shift, keys, window, sinks, list_ptr, count_ptr, list_length, N, CAUSAL, WINDOW, SINKS, MASK, DENSE
+    )
     grad_q = tl.zeros([M, BLOCK_D], tl.float32)
     if DENSE:
         grad_q = _query_blocks(
-            grad_q, q, grad, lse, lost, delta, i, first, 0, edge, k_ptr, v_ptr, k_token, v_token, shift, queries, keys, slope,
-            scale_log2, cap_in, cap_out, window, sinks, mask_ptr, mask_q, mask_k, sinks_room, jump, False, CAUSAL, WINDOW,
-            SINKS, MASK, CAP, ALIBI, N, D, BLOCK_D, DV, BLOCK_DV, PRECISE,
+            grad_q, q, grad, lse, lost, delta, i, first, 0, edge, k_ptr, v_ptr, batch, kv_head, k_token, v_token, shift,
+            queries, keys, slope, scale_log2, cap_in, cap_out, window, sinks, mask_ptr, mask_q, mask_k, list_ptr, room, jump,
+            False, CAUSAL, WINDOW, SINKS, MASK, CAP, ALIBI, N, D, BLOCK_D, DV, BLOCK_DV, PRECISE, DESCRIPTORS, SPECIALIZED,
         )  # fmt: skip
     grad_q = _query_blocks(
-        grad_q, q, grad, lse, lost, delta, i, first, edge, end - jump, k_ptr, v_ptr, k_token, v_token, shift, queries, keys, slope,
-        scale_log2, cap_in, cap_out, window, sinks, mask_ptr, mask_q, mask_k, sinks_room, jump, True, CAUSAL, WINDOW, SINKS,
-        MASK, CAP, ALIBI, N, D, BLOCK_D, DV, BLOCK_DV, PRECISE,
+        grad_q, q, grad, lse, lost, delta, i, first, edge, end, k_ptr, v_ptr, batch, kv_head, k_token, v_token, shift,
+        queries, keys, slope, scale_log2, cap_in, cap_out, window, sinks, mask_ptr, mask_q, mask_k, list_ptr, room, jump,
+        True, CAUSAL, WINDOW, SINKS, MASK, CAP, ALIBI, N, D, BLOCK_D, DV, BLOCK_DV, PRECISE, DESCRIPTORS, SPECIALIZED,
     )  # fmt: skip
     grad_q_ptr += batch * grad_q_batch + head * grad_q_head + first_q * grad_q_token
     store_rows(grad_q_ptr, grad_q * scale, first, queries, grad_q_token, M, D, BLOCK_D)
@@ -246,44 +246,28 @@ def query_kernel(
 
 @triton.jit
 def _query_blocks(
-    grad_q, q, grad, lse, lost, delta, i, i0, begin, end, k_ptr, v_ptr, k_token, v_token, shift, queries, keys, slope, scale_log2,
-    cap_in, cap_out, window, sinks, mask_ptr, mask_q, mask_k, sinks_room, jump, EDGE: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, SINKS: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, N: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISE: tl.constexpr,
+    grad_q, q, grad, lse, lost, delta, i, i0, begin, end, k_ptr, v_ptr, batch, kv_head, k_token, v_token, shift, queries,
+    keys, slope, scale_log2, cap_in, cap_out, window, sinks, mask_ptr, mask_q, mask_k, list_ptr, room, jump,
+    EDGE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, MASK: tl.constexpr,
+    CAP: tl.constexpr, ALIBI: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PRECISE: tl.constexpr, DESCRIPTORS: tl.constexpr, SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
-    for n0 in range(begin, end, N):
-        j0 = n0
-        if SINKS:
-            j0 = n0 + tl.where(n0 < sinks_room, 0, jump)
-        k = load_rows(k_ptr, j0, keys, k_token, N, D, BLOCK_D)
-        v = load_rows(v_ptr, j0, keys, v_token, N, DV, BLOCK_DV)
+    for step in tl.range(begin, end, N, warp_specialize=SPECIALIZED):
+        j0 = key_at(step, room, jump, list_ptr, N, SINKS, MASK)
+        k = block_rows(k_ptr, batch, kv_head, j0, keys, k_token, N, D, BLOCK_D, DESCRIPTORS)
+        v = block_rows(v_ptr, batch, kv_head, j0, keys, v_token, N, DV, BLOCK_DV, DESCRIPTORS)
         j = j0 + tl.arange(0, N)[None, :]
         products = product(q, tl.trans(k))
         scores, steep = bent_scores(products, i, j, shift, slope, scale_log2, cap_in, cap_out, CAP, ALIBI)
         weights = tl.exp2(scores - lse[:, None] - lost[:, None]) if PRECISE else tl.exp2(scores - lse[:, None])
         if EDGE:
             seen = pairs_seen(
-                i,
-                j,
-                i0,
-                j0,
-                shift,
-                queries,
-                keys,
-                window,
-                sinks,
-                mask_ptr,
-                mask_q,
-                mask_k,
-                CAUSAL,
-                WINDOW,
-                SINKS,
-                MASK,
-                True,
-            )
+                i, j, i0, j0, shift, queries, keys, window, sinks, mask_ptr, mask_q, mask_k, CAUSAL, WINDOW, SINKS,
+                MASK, True,
+            )  # fmt: skip
             weights = tl.where(seen, weights, 0.0)
         grad_scores = weights * (product(grad, tl.trans(v)) - delta[:, None]) * steep
-        grad_q = add_product(grad_q, narrow(grad_scores, k_ptr), k)
+        grad_q = add_product(grad_q, narrow_to(grad_scores, q.dtype), k)
     return grad_q
 
 

@@ -10,7 +10,10 @@ from fastllm.kernels.triton._numeric import narrow
 
 LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(1 / 1.4426950408889634)
 # Arguments of which Triton is to compile no special case for 1 or for multiples of 16.
-COUNTS = ["blocks", "heads", "kv_heads", "group", "queries", "keys", "tokens", "window", "sinks", "splits"]
+COUNTS = [
+    "blocks", "heads", "kv_heads", "group", "queries", "keys", "tokens", "window", "sinks", "splits", "list_batch", "list_head",
+    "list_length",
+]  # fmt: skip
 
 
 @triton.jit
@@ -39,6 +42,19 @@ def load_rows(pointer, first, count, step, BLOCK: tl.constexpr, CHANNELS: tl.con
         inside = inside & (channel < CHANNELS)[None, :]
     block = pointer + (tl.zeros([], tl.int64) + first) * step
     return tl.load(block + (row[:, None] * step + channel[None, :]), mask=inside, other=0.0)
+
+
+@triton.jit
+def block_rows(
+    source, batch, head, first, count, step, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """As load_rows, of a sequence to which `source` points, or which it describes as one of (batches, heads, tokens, channels):
+    then the memory engine copies the block by itself, with zeros beyond the last token and channel."""
+    if DESCRIPTORS:
+        return source.load([batch.to(tl.int32), head.to(tl.int32), first, 0]).reshape(BLOCK, WIDTH)
+    else:  # noqa: RET505 - one constexpr choice, of which Triton compiles one branch
+        return load_rows(source, first, count, step, BLOCK, CHANNELS, WIDTH)
 
 
 @triton.jit
@@ -116,3 +132,42 @@ def whole_end(first, shift, keys, N: tl.constexpr, CAUSAL: tl.constexpr):
     if CAUSAL:
         end = tl.minimum(end, tl.maximum(first + shift + 1, 0) // N * N)
     return end
+
+
+@triton.jit
+def key_steps(
+    first, last, shift, keys, window, sinks, list_ptr, count_ptr, length, N: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, SINKS: tl.constexpr, MASK: tl.constexpr, DENSE: tl.constexpr,
+):  # fmt: skip
+    """The steps of queries [first, last] over blocks of N keys: from which on they jump and how far, from which on pairs
+    must be looked at, and where they end.
+
+    With a mask they are those of its list. Dense: the blocks that all see, without arithmetic of masks, and then the edge. Else
+    one loop: copies of it take registers.
+    """
+    if MASK:
+        every, some = tl.load(count_ptr), tl.load(count_ptr + 1)
+        room, jump = every * N, (length - every - some) * N
+        end = (every + some) * N
+        edge = room if DENSE else room * 0
+    else:
+        room, begin, end = key_range(first, last, shift, keys, window, sinks, N, CAUSAL, WINDOW, SINKS)
+        jump, edge = begin - room, begin * 0
+        if WINDOW and not SINKS:
+            jump, edge = begin * 0, begin
+        if DENSE:
+            edge = whole_end(first, shift, keys, N, CAUSAL)
+        end -= jump
+    return room, jump, edge, end
+
+
+@triton.jit
+def key_at(step, room, jump, list_ptr, N: tl.constexpr, SINKS: tl.constexpr, MASK: tl.constexpr):
+    """The first key of a step's block: from the last block of sinks they go on to the window, from those of which a mask
+    shows all to those of which it shows some."""
+    first = step
+    if SINKS or MASK:
+        first = step + tl.where(step < room, 0, jump)
+    if MASK:
+        first = tl.load(list_ptr + first // N) * N
+    return first

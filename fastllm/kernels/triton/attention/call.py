@@ -8,6 +8,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastllm.kernels.triton.attention.mask_blocks import mask_lists
+from fastllm.kernels.triton.attention.tiles import Tiles, chip_of
 
 _LOG2_E = math.log2(math.e)
 
@@ -24,6 +28,7 @@ class Call(NamedTuple):
     cu_k: Tensor | None
     numbers: dict[str, Any]
     flags: dict[str, Any]
+    chip: str
 
     def blocks(self, of_queries: bool, block: int) -> tuple[int, Tensor | None]:
         """How many programs a head takes, and their table."""
@@ -36,6 +41,17 @@ class Call(NamedTuple):
     def pointers(self, table: Tensor | None) -> tuple[Tensor, ...]:
         """Slopes, mask, table and bounds; any tensor where there is none."""
         return tuple(self.q if t is None else t for t in (self.slopes, self.mask, table, self.cu_q, self.cu_k))
+
+    def lists(self, of_queries: bool, tiles: Tiles) -> dict[str, Any]:
+        """Which blocks of keys the mask leaves to each block of queries, or the other way round, as kernels are told it."""
+        if self.mask is None:
+            return {"list_ptr": self.q, "count_ptr": self.q, "list_batch": 0, "list_head": 0, "list_length": 0}
+        causal, window, sinks = self.flags["CAUSAL"], self.numbers["window"], self.numbers["sinks"]
+        found = mask_lists(self.mask, of_queries, tiles.m, tiles.n, causal, window, sinks)
+        return {
+            "list_ptr": found.blocks, "count_ptr": found.counts, "list_batch": found.batch, "list_head": found.head,
+            "list_length": found.length,
+        }  # fmt: skip
 
     def mask_steps(self) -> tuple[int, ...]:
         return (0, 0, 0, 0) if self.mask is None else self.mask.stride()
@@ -62,7 +78,7 @@ def prepare(
     return Call(
         q, k, v, None if alibi_slopes is None else alibi_slopes.float().contiguous(),
         None if mask is None else _whole_mask(mask).view(torch.uint8), cu_seqlens_q if cu_seqlens_q is None else cu_seqlens_q.contiguous(),
-        cu_seqlens_k if cu_seqlens_k is None else cu_seqlens_k.contiguous(), numbers, flags,
+        cu_seqlens_k if cu_seqlens_k is None else cu_seqlens_k.contiguous(), numbers, flags, chip_of(q.device),
     )  # fmt: skip
 
 
@@ -85,6 +101,27 @@ def _table(bounds: Tensor, tokens: int, block: int) -> Tensor:
     document = document.clamp(max=counts.numel() - 1)
     inside = (program - (ends - counts)[document]).masked_fill(spare, 1 << 20)
     return torch.stack((document, inside), 1).int()
+
+
+def describable(*tensors: Tensor) -> bool:
+    """Whether tensor descriptors can serve: four dimensions, 16-bit elements, every row of channels on a multiple of 16 bytes."""
+    return all(
+        t.dim() == 4
+        and t.itemsize == 2
+        and t.numel() > 0
+        and t.data_ptr() % 16 == 0
+        and all(size == 1 or (step > 0 and step % 8 == 0) for size, step in zip(t.shape[:3], t.stride()[:3]))
+        for t in tensors
+    )
+
+
+def rows_of(t: Tensor, block: int, descriptors: bool) -> Any:
+    """A tensor as a kernel reads its blocks of tokens: itself, or its descriptor."""
+    if not descriptors:
+        return t
+    # The step along a dimension of one element means nothing, and may be anything.
+    strides = [8 if size == 1 else step for size, step in zip(t.shape[:3], t.stride()[:3])]
+    return TensorDescriptor(t, list(t.shape), [*strides, 1], [1, 1, block, width_of(t.shape[-1])])
 
 
 def steps(t: Tensor) -> tuple[int, int, int]:

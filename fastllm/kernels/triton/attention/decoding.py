@@ -58,7 +58,7 @@ def decode(
 
 def decode_tiles(dtype: torch.dtype) -> tuple[int, int]:
     """Keys a program holds at a time, and its warps."""
-    return (32, 8) if dtype == torch.float32 else (64, 4)
+    return (16, 8) if dtype == torch.float32 else (64, 4)
 
 
 def _splits(device: torch.device, programs: int, keys: int) -> int:

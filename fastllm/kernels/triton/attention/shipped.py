@@ -15,13 +15,12 @@ from fastllm.kernels.triton.attention.tiles import Tiles, is_dense, passes, tile
 
 
 def configurations() -> list[Configuration]:
-    """Head dims of models in each dtype, and the masks that models use at head dim 128; token and head strides are
-    multiples of 16, as projections leave them."""
+    """Head dims of models, in bf16 (fp16 takes the same registers and instructions) and fp32, and the masks that models use at
+    head dim 128; token and head strides are multiples of 16, as projections leave them."""
     dense = {"CAUSAL": True}
     cases: list[tuple[str, int, torch.dtype, dict[str, bool]]] = [
         ("causal", 64, torch.bfloat16, dense),
         ("causal", 128, torch.bfloat16, dense),
-        ("causal", 128, torch.float16, dense),
         ("causal", 128, torch.float32, dense),
         ("causal", 256, torch.bfloat16, dense),
         ("window and sinks", 128, torch.bfloat16, {"CAUSAL": True, "WINDOW": True, "SINKS": True}),
@@ -43,6 +42,9 @@ def _shipped(name: str, width: int, dtype: torch.dtype, flags: dict[str, bool]) 
     signature = {
         n: t for n in ("q_ptr", "k_ptr", "v_ptr", "grad_ptr", "grad_q_ptr", "grad_k_ptr", "grad_v_ptr", "out_ptr")
     }
+    signature |= {"list_ptr": "*i32", "count_ptr": "*i32"} | dict.fromkeys(
+        ("list_batch", "list_head", "list_length"), "i32"
+    )
     signature |= dict.fromkeys(("lse_ptr", "lost_ptr", "delta_ptr", "sink_ptr", "slope_ptr"), "*fp32")
     signature |= {"mask_ptr": "*u8", **dict.fromkeys(("table_ptr", "cu_q_ptr", "cu_k_ptr"), "*i32")}
     for part in ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v"):
@@ -73,27 +75,35 @@ def _shipped(name: str, width: int, dtype: torch.dtype, flags: dict[str, bool]) 
             if kernel is key_value_kernel:
                 fixed |= {"GRAD_K": grad_k, "GRAD_V": grad_v}
             for tiles, chips in _by_tiles(name_of, constants, dtype).items():
-                found.append(
-                    Configuration(
-                        kernel,
-                        signature,
-                        {**fixed, "M": tiles.m, "N": tiles.n},
-                        num_warps=tiles.num_warps,
-                        num_stages=tiles.num_stages,
-                        label=f"attention {part}, {label} ({'/'.join(chips)})",
-                        matrix=matrix,
-                        work=work,
-                        targets=chips,
-                    )
-                )
+                options = tiles.options()
+                launch = {n: options.pop(n) for n in ("num_warps", "num_stages")}
+                block = tiles.m if kernel is key_value_kernel else tiles.n
+                described = {
+                    n: f"tensordesc<{t[1:]}[1, 1, {block}, {width}]>" for n in _READ[kernel] if tiles.descriptors
+                }
+                how = "/".join(chips) + (", TMA" if tiles.descriptors else "")
+                configuration = Configuration(
+                    kernel, signature | described, fixed | options, **launch, matrix=matrix, work=work, targets=chips,
+                    label=f"attention {part}, {label} ({how})",
+                )  # fmt: skip
+                found.append(configuration)
     return found
+
+
+# What the inner loop of each kernel reads, as described where descriptors serve.
+_READ = {
+    forward_kernel: ("k_ptr", "v_ptr"),
+    key_value_kernel: ("q_ptr", "grad_ptr"),
+    query_kernel: ("k_ptr", "v_ptr"),
+}
 
 
 def _by_tiles(kernel: str, flags: dict[str, Any], dtype: torch.dtype) -> dict[Tiles, tuple[str, ...]]:
     chips: dict[Tiles, tuple[str, ...]] = {}
     for chip in ("sm_80", "sm_90", "sm_100", "gfx942"):
-        tiles = tiles_for(kernel, flags, dtype, chip)
-        chips[tiles] = (*chips.get(tiles, ()), chip)
+        for describable in {not flags["PACKED"], False}:
+            tiles = tiles_for(kernel, flags, dtype, chip, describable)
+            chips[tiles] = tuple(dict.fromkeys((*chips.get(tiles, ()), chip)))
     return chips
 
 
