@@ -136,6 +136,7 @@ def gates(record: dict[str, Any]) -> list[dict[str, Any]]:
     unturned = over("bos", "sinks, not re-rotated", "sinks")
     control = [r for n in late for r in over("control", "window", "sinks", n)]
     shown = over("bos", "window", "sinks")
+    eight = {kind: [r for n in late for r in over("bos", f"sinks, {kind}", "sinks", n)] for kind in ("int8", "fp8")}
     masses = [f"{run['bos']['mass']['mean']:.0%}" for run in runs]
     made = [
         _gate(f"dense: perplexity at {far} is over 3 times that at {_stretch(BUCKETS[0])}", min(falls) > 3, falls),
@@ -149,6 +150,8 @@ def gates(record: dict[str, Any]) -> list[dict[str, Any]]:
             f"(attention on BOS: {', '.join(masses)})", min(shown) > SHOWS, shown,
         ),
         _gate(f"sinks that are not re-rotated are worse than sinks at {far}", min(unturned) > 1, unturned),
+        _gate("keys and values in int8 cost at most 1 % of perplexity", max(eight["int8"]) < 1.01, _ends(eight["int8"])),
+        _gate("keys and values in fp8 cost at most 3 % of perplexity", max(eight["fp8"]) < 1.03, _ends(eight["fp8"])),
         _gate(
             "no gap where no BOS was trained: window and sinks within 3 %", all(abs(r - 1) < 0.03 for r in control), _ends(control)
         ),

@@ -84,7 +84,7 @@ def of_seed(**changes):
     """What a model might show: perplexities (16-128, then one past the context) by way."""
     bos = {
         "dense": (4.0, 16.0), "window": (4.0, 6.0), "sinks": (4.0, 5.0), "sinks, not re-rotated": (4.0, 6.0), "recomputed": (4.0, 6.0),
-        "recomputed with BOS": (4.0, 5.1),
+        "recomputed with BOS": (4.0, 5.1), "sinks, int8": (4.0, 5.0), "sinks, fp8": (4.0, 5.05),
     } | changes  # fmt: skip
     control = {"window": (4.0, 5.0), "sinks": (4.0, changes.get("control", 5.0))}
     bos.pop("control", None)
@@ -105,7 +105,8 @@ def test_expectations_that_are_not_met_fail(monkeypatch):
     assert all(held())
     for which, changes in enumerate((
         {"dense": (4.0, 11.0)}, {"recomputed with BOS": (4.0, 4.2)}, {"window": (4.0, 4.9)}, {"window": (4.0, 5.1)},
-        {"sinks, not re-rotated": (4.0, 4.9)}, {"control": 4.8}, {"facts": (1.0, 0.8, 0.1)}, {"facts": (1.0, 1.0, 0.6)},
+        {"sinks, not re-rotated": (4.0, 4.9)}, {"sinks, int8": (4.0, 5.1)}, {"sinks, fp8": (4.0, 5.2)}, {"control": 4.8},
+        {"facts": (1.0, 0.8, 0.1)}, {"facts": (1.0, 1.0, 0.6)},
     )):  # fmt: skip
         assert held(**changes)[which] is False
 
