@@ -79,19 +79,23 @@ def _quality(found: Record) -> list[str]:
         "sinks depends on how strong a sink has grown in training: perplexity of the window over that with sinks at "
         f"{buckets[-1]}, on fewer texts. It passes {found['shows']} after {said} steps.",
         markdown(["seed", "steps", "window / sinks", "attention on BOS"], emergence),
-        *(_facts(facts, found) if facts else []),
+        *(_facts(facts, context) if facts else []),
         "## What was expected of it",
         _gates(found),
         f"Measured on {machine.sentence(found['machine'])}, in {found['seconds'] / 60:.0f} minutes: `{found['machine']['command']}`.",
     ]
 
 
-def _facts(facts: Record, found: Record) -> list[str]:
-    rows = [[name, *(f"{share:.0%}" for share in shares)] for name, shares in facts["found"].items()]
+def _facts(facts: Record, context: int) -> list[str]:
+    found = [run["found"] for run in facts["seeds"]]
+    rows = [
+        [name, *(f"{mean(of[name][n] for of in found):.0%}" for n in range(len(facts["distances"])))]
+        for name in found[0]
+    ]
     return [
         "## Finding a fact again",
-        "A stream forgets what leaves its window, and perplexity does not show it. A smaller model has been taught to give the value of "
-        f"a key named earlier within its {found['context']} tokens (seed {facts['seed']}). Share of {facts['rows']} values found, by how "
+        "A stream forgets what leaves its window, and perplexity does not show it. Smaller models have been taught to give the value of "
+        f"a key named earlier within their {context} tokens. Share of {facts['rows']} values found, mean over {len(found)} seeds, by how "
         "many tokens back the fact stands, of three that each text tells of.",
         markdown(["", *(str(d) for d in facts["distances"])], rows),
     ]

@@ -70,7 +70,8 @@ def test_one_part_leaves_the_other_as_it_was(tmp_path, small):
     assert command.main(["stream", "--only", "quality", "--json", str(file)]) in (0, 1)
     record = json.loads(file.read_text())
     assert record["cost"] == {"as": "it was"}
-    assert [len(record["quality"]["facts"]["found"][way]) for way in ("dense", "window", "sinks")] == [2, 2, 2]
+    facts = record["quality"]["facts"]["seeds"]
+    assert [[len(run["found"][way]) for way in ("dense", "window", "sinks")] for run in facts] == [[2, 2, 2]] * 3
     assert len(record["quality"]["seeds"]) == 3
     del record["cost"]
     file.write_text(json.dumps(record))
@@ -99,7 +100,10 @@ def test_expectations_that_are_not_met_fail(monkeypatch):
 
     def held(facts=(1.0, 1.0, 0.1), **changes):
         found = {"dense": [1.0, 1.0, 0.6], "sinks": list(facts)}
-        record = {"seeds": [of_seed(), of_seed(**changes)], "facts": {"distances": (48, 100, 400), "found": found}}
+        record = {
+            "seeds": [of_seed(), of_seed(**changes)],
+            "facts": {"distances": (48, 100, 400), "seeds": [{"found": found}]},
+        }
         return [gate["holds"] for gate in stream_quality.gates(record)]
 
     assert all(held())
