@@ -74,22 +74,24 @@ def gates(rows: Sequence[Row], streamed: dict[str, Any]) -> list[dict[str, Any]]
     """What is asked of a token's time and memory, of medians in the same run."""
     of = [{found["name"]: found for found in row["contestants"]} for row in rows]
 
-    def times(name: str) -> list[float]:
-        return [found[name]["median_ms"] for found in of]
-
     def over(one: str, other: str) -> list[float]:
-        return [a / b for a, b in zip(times(one), times(other))]
+        return [found[one]["median_ms"] / found[other]["median_ms"] for found in of]
 
     ours, alone = "fastllm", "StreamingCache, unpatched"
-    flat = max(max(times(name)) / min(times(name)) for name in (ours, alone))
+    beside = [over(ours, "dense cache, as many keys, patched"), over(alone, "dense cache, as many keys")]
+    # Lengths are minutes apart: against a peer whose work is the same at each of them, timed in the same turns.
+    flat = max(max(ratios) / min(ratios) for ratios in beside)
     sizes = {found[ours]["extra_bytes"] for found in of}
     later = {at["bytes"] for at in streamed["by_tokens"] if at["tokens"] >= VISIBLE}
-    beside = [over(ours, "dense cache, as many keys, patched"), over(alone, "dense cache, as many keys")]
     again = min(over("recomputed window", alone))
     overhead = [statistics.median(ratios) for ratios in beside]
     reach = f"from {rows[0]['length']:,} to {rows[-1]['length']:,} tokens"
     return [
-        {"says": f"ms per token {reach} the same to 20 % (±10 %)", "holds": flat < 1.2, "found": f"{flat - 1:.1%} apart"},
+        {
+            "says": f"ms per token {reach} the same to 20 % (±10 %), over those of a dense cache of as many keys",
+            "holds": flat < 1.2,
+            "found": f"{flat - 1:.1%} apart",
+        },
         {
             "says": f"bytes the same {reach} and in a stream of {streamed['tokens']:,}",
             "holds": len(sizes) == len(later) == 1,

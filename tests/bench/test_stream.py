@@ -127,7 +127,7 @@ def test_a_stream_that_grows_or_lags_fails():
         return [gate["holds"] for gate in stream_cost.gates(rows, stream)]
 
     assert all(held(row(1, 1.0), row(9, 1.1)))
-    assert held(row(1, 1.0), row(9, 1.3))[0] is False
+    assert held(row(1, 1.0), row(9, 1.3, beside=1.3))[0] is False
     assert held(row(1, 1.0), row(9, 1.0, size=11))[1] is False
     assert held(row(1, 1.0), row(9, 1.0), sizes=(10, 12))[1] is False
     assert held(row(1, 1.0, beside=1.06), row(9, 1.0, beside=1.06))[2] is False
