@@ -1,6 +1,6 @@
 """Text without end: what a StreamingCache does to perplexity, and what a token costs with it.
 
-    python -m bench stream [--quick] [--only quality|cost] [--json F] [--plot DIR]     half an hour, or two minutes, on two cores
+    python -m bench stream [--quick] [--only quality|cost] [--json F] [--plot DIR]     three quarters of an hour, or two minutes, on 2 cores
 
 Quality: small Llamas are trained with BOS and without, and read texts eight times as long as their context with a dense cache, a
 window, sinks, sinks that are not re-rotated, and by recomputing the window. Needs no quiet machine. Cost: one decoding step of a

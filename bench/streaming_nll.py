@@ -37,6 +37,14 @@ def with_sinks(model: nn.Module, tokens: Tensor, size: int, sinks: int) -> Tenso
     return token_nll(model, tokens, cache=StreamingCache(model, sinks, size - sinks))
 
 
+def in_int8(model: nn.Module, tokens: Tensor, size: int, sinks: int) -> Tensor:
+    return token_nll(model, tokens, cache=StreamingCache(model, sinks, size - sinks, kv_dtype="int8"))
+
+
+def in_fp8(model: nn.Module, tokens: Tensor, size: int, sinks: int) -> Tensor:
+    return token_nll(model, tokens, cache=StreamingCache(model, sinks, size - sinks, kv_dtype="fp8"))
+
+
 def without_turning(model: nn.Module, tokens: Tensor, size: int, sinks: int) -> Tensor:
     return token_nll(model, tokens, cache=SinksNotTurned(model, sinks, size - sinks))
 
@@ -71,6 +79,8 @@ WAYS: dict[str, Callable[[nn.Module, Tensor, int, int], Tensor]] = {
     "dense": dense,
     "window": window,
     "sinks": with_sinks,
+    "sinks, int8": in_int8,
+    "sinks, fp8": in_fp8,
     "sinks, not re-rotated": without_turning,
     "recomputed": recomputed,
     "recomputed with BOS": recomputed_with_bos,

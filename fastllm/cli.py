@@ -169,6 +169,9 @@ def _parser() -> _Parser:
     size.add_argument("--window", type=int, metavar="W", help="tokens of the window; default: 1024 with the sinks")
     size.add_argument("--memory", metavar="SIZE", help='the largest window whose cache fits into SIZE, "2GiB" say')
     stream.add_argument(
+        "--kv-dtype", choices=["int8", "fp8"], help="keys and values in 8 bits; default: as the weights"
+    )
+    stream.add_argument(
         "--temperature", type=float, default=0.8, metavar="T", help="0: the likeliest token; default: 0.8"
     )
     stream.add_argument("--top-p", type=float, default=0.95, metavar="P", help="nucleus sampling; default: 0.95")
@@ -284,7 +287,8 @@ def _stream(arguments: argparse.Namespace) -> int:
     found = console.stream(
         arguments.model, prompt=arguments.prompt, sinks=arguments.sinks, window=arguments.window, memory=arguments.memory,
         count=arguments.tokens, temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed,
-        dtype=arguments.dtype, patch=not arguments.no_patch, chat=arguments.chat, out=out, say=sys.stderr, lines=sys.stdin,
+        dtype=arguments.dtype, kv_dtype=arguments.kv_dtype, patch=not arguments.no_patch, chat=arguments.chat, out=out,
+        say=sys.stderr, lines=sys.stdin,
     )  # fmt: skip
     if arguments.json:
         print(json.dumps({"text": out.getvalue(), **asdict(found)}, indent=2))  # type: ignore[union-attr]

@@ -140,7 +140,7 @@ class Talk:
 
 def stream(
     name: str, *, prompt: str | None, sinks: int, window: int | None, memory: str | None, count: int | None, temperature: float,
-    top_p: float, seed: int | None, dtype: str, patch: bool, chat: bool, out: TextIO, say: TextIO, lines: TextIO,
+    top_p: float, seed: int | None, dtype: str, kv_dtype: str | None, patch: bool, chat: bool, out: TextIO, say: TextIO, lines: TextIO,
 ) -> Summary:  # fmt: skip
     """Runs ``fastllm stream``; returns when the text ends, after `count` tokens, or at Ctrl-C."""
     for option, value, fine in (
@@ -158,10 +158,11 @@ def stream(
     if chat and not getattr(tokenizer, "chat_template", None):
         raise ConfigError(f"{name} has no chat template: leave out --chat, and it goes on from --prompt")
     if memory is not None:
-        cache = StreamingCache.fit(model, memory, sinks=sinks)
+        cache = StreamingCache.fit(model, memory, sinks=sinks, kv_dtype=kv_dtype)
     else:
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
-        cache = StreamingCache(model, sinks, max(1, min(1024, limit) - sinks) if window is None else window)
+        window = max(1, min(1024, limit) - sinks) if window is None else window
+        cache = StreamingCache(model, sinks, window, kv_dtype=kv_dtype)
     talk = Talk(model, tokenizer, cache, temperature, top_p, seed, say if say.isatty() else None)
     try:
         if chat:

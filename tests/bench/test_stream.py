@@ -70,7 +70,8 @@ def test_one_part_leaves_the_other_as_it_was(tmp_path, small):
     assert command.main(["stream", "--only", "quality", "--json", str(file)]) in (0, 1)
     record = json.loads(file.read_text())
     assert record["cost"] == {"as": "it was"}
-    assert [len(record["quality"]["facts"]["found"][way]) for way in ("dense", "window", "sinks")] == [2, 2, 2]
+    facts = record["quality"]["facts"]["seeds"]
+    assert [[len(run["found"][way]) for way in ("dense", "window", "sinks")] for run in facts] == [[2, 2, 2]] * 3
     assert len(record["quality"]["seeds"]) == 3
     del record["cost"]
     file.write_text(json.dumps(record))
@@ -84,7 +85,7 @@ def of_seed(**changes):
     """What a model might show: perplexities (16-128, then one past the context) by way."""
     bos = {
         "dense": (4.0, 16.0), "window": (4.0, 6.0), "sinks": (4.0, 5.0), "sinks, not re-rotated": (4.0, 6.0), "recomputed": (4.0, 6.0),
-        "recomputed with BOS": (4.0, 5.1),
+        "recomputed with BOS": (4.0, 5.1), "sinks, int8": (4.0, 5.0), "sinks, fp8": (4.0, 5.05),
     } | changes  # fmt: skip
     control = {"window": (4.0, 5.0), "sinks": (4.0, changes.get("control", 5.0))}
     bos.pop("control", None)
@@ -99,13 +100,17 @@ def test_expectations_that_are_not_met_fail(monkeypatch):
 
     def held(facts=(1.0, 1.0, 0.1), **changes):
         found = {"dense": [1.0, 1.0, 0.6], "sinks": list(facts)}
-        record = {"seeds": [of_seed(), of_seed(**changes)], "facts": {"distances": (48, 100, 400), "found": found}}
+        record = {
+            "seeds": [of_seed(), of_seed(**changes)],
+            "facts": {"distances": (48, 100, 400), "seeds": [{"found": found}]},
+        }
         return [gate["holds"] for gate in stream_quality.gates(record)]
 
     assert all(held())
     for which, changes in enumerate((
         {"dense": (4.0, 11.0)}, {"recomputed with BOS": (4.0, 4.2)}, {"window": (4.0, 4.9)}, {"window": (4.0, 5.1)},
-        {"sinks, not re-rotated": (4.0, 4.9)}, {"control": 4.8}, {"facts": (1.0, 0.8, 0.1)}, {"facts": (1.0, 1.0, 0.6)},
+        {"sinks, not re-rotated": (4.0, 4.9)}, {"sinks, int8": (4.0, 5.1)}, {"sinks, fp8": (4.0, 5.2)}, {"control": 4.8},
+        {"facts": (1.0, 0.8, 0.1)}, {"facts": (1.0, 1.0, 0.6)},
     )):  # fmt: skip
         assert held(**changes)[which] is False
 
@@ -122,7 +127,7 @@ def test_a_stream_that_grows_or_lags_fails():
         return [gate["holds"] for gate in stream_cost.gates(rows, stream)]
 
     assert all(held(row(1, 1.0), row(9, 1.1)))
-    assert held(row(1, 1.0), row(9, 1.3))[0] is False
+    assert held(row(1, 1.0), row(9, 1.3, beside=1.3))[0] is False
     assert held(row(1, 1.0), row(9, 1.0, size=11))[1] is False
     assert held(row(1, 1.0), row(9, 1.0), sizes=(10, 12))[1] is False
     assert held(row(1, 1.0, beside=1.06), row(9, 1.0, beside=1.06))[2] is False

@@ -38,6 +38,17 @@ def run(capsys, *arguments):
     return code, *capsys.readouterr()
 
 
+def test_a_text_in_8_bits_takes_less_memory(capsys, folder):
+    sizes = {}
+    for kind in ("plain", "int8", "fp8"):
+        more = () if kind == "plain" else ("--kv-dtype", kind)
+        code, out, _ = run(capsys, folder, "--prompt", "Once", "--tokens", "60", "--window", "28", "--json", *more)
+        found = json.loads(out)
+        assert (code, found["generated"], found["evicted"]) == (0, 60, 4 + 60 - 32)
+        sizes[kind] = found["memory_bytes"]
+    assert sizes["int8"] == sizes["fp8"] < 0.6 * sizes["plain"]
+
+
 def test_a_text_goes_on_from_a_prompt_and_says_what_it_took(capsys, folder):
     code, out, err = run(
         capsys, folder, "--prompt", "Once upon a time", "--tokens", "80", "--window", "28", "--seed", "1"

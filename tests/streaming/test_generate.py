@@ -48,6 +48,25 @@ def test_greedy(model, length, patched):
     assert found.tolist() == expected.tolist()
 
 
+def test_the_same_call_again_goes_on_after_an_interruption(model):
+    ids, calls = tokens(1, 60), []
+    expected = greedy(model, ids, 8)
+    cache = StreamingCache(model, SINKS, WINDOW)
+
+    def third(*_):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    handle = model.model.layers[1].register_forward_pre_hook(third)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False)
+    handle.remove()
+    assert 0 < cache.tokens_seen < 60
+    found = model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False)
+    assert found.tolist() == expected.tolist()
+
+
 def test_several_turns_on_one_cache(model):
     cache, ids = StreamingCache(model, SINKS, WINDOW), tokens(1, 7)
     expected = ids
