@@ -33,6 +33,7 @@ COMPOSED: dict[str, str] = {}  # public op name -> what it is made of, where tha
 
 _HAS_TRITON = not triton.unavailable()
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+_EXACT_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 
 class Op:
@@ -50,6 +51,8 @@ class Op:
         save, backward: the gradient, ``save(ctx, inputs, output)`` and ``backward(ctx, *grads)`` as in
             ``torch.library.register_autograd``. Without them the gradient is the definition's, which for a backward
             op is what makes a gradient of a gradient right.
+        expanded: an input may be expanded (its step along a dimension 0), which torch.compile is to leave so: it keeps only the
+            order of strides else, and writes an expanded input out in full.
         public: the public functions this op serves, for ``backends.explain``; constants: their arguments for which no kernel
             finds a gradient, so that the definition serves where one requires it.
     """
@@ -65,6 +68,7 @@ class Op:
         cuda: bool = False,
         save: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
+        expanded: bool = False,
         public: Sequence[str] = (),
         constants: Sequence[str] = (),
     ) -> None:
@@ -72,7 +76,7 @@ class Op:
         self.definition, self.constants = definition, tuple(constants)
         self._triton = triton
         self._launcher = composed
-        LIBRARY.define(schema, tags=_TAGS)
+        LIBRARY.define(schema, tags=_EXACT_TAGS if expanded else _TAGS)
         LIBRARY.impl(self.name, definition, "CompositeExplicitAutograd")
         if composed is not None:
             LIBRARY.impl(self.name, composed, "CPU")
@@ -148,11 +152,15 @@ class Op:
         self.kernels |= {"cuda"}
 
     def launch(self, *args: Any) -> Any:
-        """Runs the Triton kernel itself, without autograd."""
+        """Runs the Triton kernel itself, without autograd, on the device of the first tensor: Triton takes the current one."""
         if self._launcher is None:
             assert self._triton is not None
             file, function = self._triton.split(":")
             self._launcher = getattr(importlib.import_module(f"fastllm.kernels.triton.{file}"), function)
+        device = args[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self._launcher(*args)
         return self._launcher(*args)
 
     def _backward_by_definition(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:

@@ -216,6 +216,7 @@ _attention = Op(
     triton="attention:forward",
     save=_save,
     backward=_backward,
+    expanded=True,  # a mask that is the same for all heads or queries
     public=["attention"],
 )
 # Of queries, keys and values; contiguous.
@@ -225,6 +226,7 @@ _attention_backward = Op(
     _backward_definition,
     fake=_backward_fake,
     triton="attention:backward",
+    expanded=True,
 )
 
 

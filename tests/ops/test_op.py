@@ -4,9 +4,11 @@ import os
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
@@ -168,3 +170,40 @@ def test_an_op_without_kernels_has_the_gradient_of_its_definition():
         with torch.no_grad():
             found = call(torch.ones(5), x.detach())
         torch.testing.assert_close(found, x.detach().cos())
+
+
+def test_a_kernel_runs_on_the_gpu_of_its_tensors(monkeypatch):
+    current = [0]
+
+    class On:
+        def __init__(self, device):
+            self.index = device.index
+
+        def __enter__(self):
+            self.before, current[0] = current[0], self.index
+
+        def __exit__(self, *_):
+            current[0] = self.before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", On)
+    monkeypatch.setattr(rms_norm_op(), "_launcher", lambda x: (x.device.index, current[0]))
+    for index in (0, 1, 0):
+        assert rms_norm_op().launch(SimpleNamespace(device=torch.device("cuda", index))) == (index, index)
+    assert current == [0]
+
+
+def rms_norm_op():
+    return _op.PUBLIC["rms_norm"]
+
+
+def test_torch_compile_leaves_an_expanded_mask_expanded():
+    def attend(q, k, padding):
+        return ops.attention(q, k, k, mask=padding.bool()[:, None, None])
+
+    q, k = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8)
+    padding = torch.tensor([[1] * 7, [0] * 3 + [1] * 4])
+    found, code = run_and_get_code(torch.compile(attend, fullgraph=True), q, k, padding)
+    torch.testing.assert_close(found, attend(q, k, padding))
+    (call,) = [line for line in code[0].splitlines() if "= torch.ops.fastllm.attention" in line]
+    assert "(2, 3, 5, 7), (7, 0, 0, 1)" in call
