@@ -84,6 +84,14 @@ def _capability(device: torch.device) -> tuple[int, int]:
 _capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _only_warned() -> bool:
+    return torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+# torch.compile cannot trace the question, and guards what it answers: it compiles again once the mode changes.
+_only_warned._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _sdpa_refuses(call: Call) -> str:
     if reason := _common(call):
         return reason
@@ -100,7 +108,7 @@ def _sdpa_refuses(call: Call) -> str:
         and (call.q.dtype == torch.float32 or call.q.shape[-1] > 256)
     ):
         return "it has no fused kernel for grouped heads here"
-    if call.q.is_cuda and call.must_repeat and torch.is_deterministic_algorithms_warn_only_enabled():
+    if call.q.is_cuda and call.must_repeat and _only_warned():
         return (
             "its backward pass repeats to the last bit only where torch.use_deterministic_algorithms does not just warn"
         )

@@ -164,6 +164,13 @@ def test_sdpa_of_a_gpu_repeats_its_gradients_only_where_it_must(warns, told):
     assert bool(told) == bool(refused)
 
 
+def test_torch_compile_is_told_whether_the_mode_only_warns():
+    compiled = torch.compile(lambda x: x + 1 if _libraries._only_warned() else x, backend="eager", fullgraph=True)
+    for warns in (False, True, False):
+        torch.use_deterministic_algorithms(True, warn_only=warns)
+        assert compiled(torch.zeros(())) == warns
+
+
 def test_lse_and_derivatives_of_derivatives_stay_with_ours(libraries, monkeypatch):
     monkeypatch.setattr(_libraries, "ranking", lambda *_: (("sdpa", _libraries.OURS), "a test"))
     q, k, v = tensors(1, 2, 2, 4, 4, 8, 8)
