@@ -14,11 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastllm.kernels.triton._launch import Configuration
 from fastllm.kernels.triton.attention.blocks import pairs_seen
 
 _KEYS, _ROWS = 256, 16  # of the mask that a program reads at a time
 _LIST = 256  # blocks that a program sorts at a time
-_COUNTS = ["queries", "keys", "window", "sinks", "blocks_q", "blocks_k", "heads", "others", "step_own", "step_other"]
+# With fewer warps the rows that a program reads at a time spill on sm_80.
+_OPTIONS = {"num_warps": 8, "num_stages": 1}
+_COUNTS = [
+    "queries", "keys", "window", "sinks", "blocks_q", "blocks_k", "heads", "own", "others", "step_own", "step_other",
+]  # fmt: skip
 
 
 class Lists(NamedTuple):
@@ -44,13 +49,13 @@ def mask_lists(
         programs = rows * blocks_q * triton.cdiv(keys, _KEYS)
         _state_kernel[(programs,)](
             mask, state, *mask.stride(), heads, blocks_q, blocks_k, queries, keys, window, sinks, CAUSAL=causal,
-            WINDOW=window > 0, SINKS=window > 0 and sinks > 0, M=m, N=n, ROWS=_ROWS, KEYS=_KEYS,
+            WINDOW=window > 0, SINKS=window > 0 and sinks > 0, M=m, N=n, ROWS=_ROWS, KEYS=_KEYS, **_OPTIONS,
         )  # fmt: skip
     own, others, steps = (blocks_q, blocks_k, (blocks_k, 1)) if of_queries else (blocks_k, blocks_q, (1, blocks_k))
     lists = mask.new_empty((rows, own, others), dtype=torch.int32)
     counts = mask.new_empty((rows, own, 2), dtype=torch.int32)
     if counts.numel():
-        _list_kernel[(rows * own,)](state, lists, counts, own, others, *steps, CHUNK=_LIST)
+        _list_kernel[(rows * own,)](state, lists, counts, own, others, *steps, CHUNK=_LIST, **_OPTIONS)
     return Lists(lists, counts, 0 if batches == 1 else heads, 0 if heads == 1 else 1, others)
 
 
@@ -98,3 +103,22 @@ def _list_kernel(state_ptr, list_ptr, count_ptr, own, others, step_own, step_oth
         some += tl.sum(is_some, 0)
     tl.store(count_ptr + 2 * at, every)
     tl.store(count_ptr + 2 * at + 1, some)
+
+
+def configurations() -> list[Configuration]:
+    """A mask alone and with all else that hides, of blocks as most calls have them, and the lists."""
+    state = dict.fromkeys(("heads", "blocks_q", "blocks_k", "queries", "keys", "window", "sinks"), "i32")
+    state |= {"mask_ptr": "*u8", "state_ptr": "*i8", "mask_batch": "i64:16", "mask_head": "i64:16", "mask_q": "i32:16"}
+    sizes = {"M": 128, "N": 64, "ROWS": _ROWS, "KEYS": _KEYS, "mask_k": 1}
+    lists = dict.fromkeys(("own", "others", "step_own", "step_other"), "i32")
+    lists |= {"state_ptr": "*i8", "list_ptr": "*i32", "count_ptr": "*i32"}
+    return [
+        *(
+            Configuration(
+                _state_kernel, state, sizes | dict.fromkeys(("CAUSAL", "WINDOW", "SINKS"), hides), **_OPTIONS,
+                label=f"attention, visible blocks of a mask{', causal, window and sinks' if hides else ''}",
+            )
+            for hides in (False, True)
+        ),
+        Configuration(_list_kernel, lists, {"CHUNK": _LIST}, **_OPTIONS, label="attention, lists of visible blocks"),
+    ]  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fastllm.kernels.triton._launch import Configuration, Work, triton_type
+from fastllm.kernels.triton.attention import mask_blocks
 from fastllm.kernels.triton.attention.backward_pass import key_value_kernel, query_kernel
 from fastllm.kernels.triton.attention.call import width_of
 from fastllm.kernels.triton.attention.decoding import decode_kernel, decode_tiles
@@ -30,7 +31,8 @@ def configurations() -> list[Configuration]:
         ("window, sink logits", 64, torch.bfloat16, {"CAUSAL": True, "WINDOW": True, "SINK_LOGITS": True}),
     ]
     return [c for case in cases for c in _shipped(*case)] + [
-        _shipped_decode(128, torch.bfloat16, 4), _shipped_decode(64, torch.bfloat16, 8), _shipped_decode(128, torch.float32, 4)
+        _shipped_decode(128, torch.bfloat16, 4), _shipped_decode(64, torch.bfloat16, 8), _shipped_decode(128, torch.float32, 4),
+        *mask_blocks.configurations(),
     ]  # fmt: skip
 
 
