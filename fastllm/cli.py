@@ -233,12 +233,29 @@ def _patch(arguments: argparse.Namespace) -> int:
 def _context(arguments: argparse.Namespace) -> int:
     from fastllm.rope import laws
 
-    found = laws.recommend(_configuration(arguments.model), arguments.target)
+    config = _configuration(arguments.model)
+    found = laws.recommend(config, arguments.target)
+    refused = _refused(config, found) if found.command else None
     if arguments.json:
-        print(json.dumps(asdict(found), indent=2))
+        print(json.dumps(asdict(found) | {"refused": refused}, indent=2))
     else:
         print(f"{found}\n\n{_wavelengths(found)}")
-    return 0
+    if refused:
+        print(f"fastllm context: error: extend_context does not do it: {refused}", file=sys.stderr)
+    return 1 if refused else 0
+
+
+def _refused(config: Any, found: Any) -> str | None:
+    """What extend_context has against the recommended command, tried on the model without weights; None where it does it."""
+    import fastllm
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            fastllm.extend_context(_without_weights(config), found.target_length, found.method, **found.params)
+    except FastLLMError as error:
+        return str(error)
+    return None
 
 
 def _plan(arguments: argparse.Namespace) -> int:

@@ -52,6 +52,17 @@ def parameters_of(config: Any) -> dict[str, dict[str, Any]]:
     return {"": dict(parameters)}
 
 
+def rescalable(config: Any, parameters: dict[str, dict[str, Any]]) -> list[str]:
+    """The kinds of layers whose frequencies a longer text asks for: those of no fixed reach."""
+    layers = getattr(config, "layer_types", None) or ()
+    if all(is_local(kind) for kind in (layers if layers and "" not in parameters else parameters)):
+        raise ConfigError(
+            f"every layer with RoPE of {type(config).__name__} attends within a fixed reach, and other frequencies would gain it "
+            "nothing"
+        )
+    return [kind for kind in parameters if not is_local(kind)]
+
+
 def trained_length(config: Any, before: dict[str, dict[str, Any]]) -> int:
     for old in before.values():
         if found := old.get("original_max_position_embeddings"):
@@ -62,6 +73,13 @@ def trained_length(config: Any, before: dict[str, dict[str, Any]]) -> int:
     if found is None:
         raise ConfigError("the config tells no trained length: give original_length=")
     return int(found)
+
+
+def base_of(parameters: dict[str, Any]) -> float:
+    base = parameters.get("rope_theta")
+    if base is None:
+        raise ConfigError(f"the config tells no rope_theta: its RoPE parameters are {parameters}")
+    return float(base)
 
 
 def rotated(config: Any, parameters: dict[str, Any]) -> int:

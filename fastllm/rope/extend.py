@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastllm.errors import ConfigError
 from fastllm.rope import angles, laws, lengthwise
-from fastllm.rope._config import config_of, is_local, parameters_of, rotated, trained_length, unwrapped
+from fastllm.rope._config import base_of, config_of, parameters_of, rescalable, rotated, trained_length, unwrapped
 from fastllm.rope.scaling import _METHODS, METHODS, scaling
 
 _KEPT = "_fastllm_context"  # where a model keeps what restore_context needs
@@ -24,6 +24,7 @@ _OF_METHODS = {
     "truncate", "mscale", "mscale_all_dim", "attention_factor", "low_freq_factor", "high_freq_factor", "short_factor",
     "long_factor",
 }  # fmt: skip
+_BY_FACTOR = ("linear", "ntk", "ntk_mixed", "dynamic", "yarn", "llama3")  # nothing else of them changes a frequency
 _TYPES = {"abf": "default", "dynamic": lengthwise.DOUBLING}
 
 
@@ -32,8 +33,9 @@ class Extension:
     """What extend_context did.
 
     before, after: RoPE parameters by kind of layer ("" where all are of one kind). length_before, length: tokens.
-    factor: length / original_length. bound: tokens up to which the scaling laws predict that a model tuned so can read; None
-    where they say nothing of the method. needs_tuning: whether the method is worse than none until the model was tuned.
+    factor: how far the frequencies are stretched; length / original_length unless it was given. bound: tokens up to which the
+    scaling laws predict that a model tuned so can read; None where they say nothing of the method. needs_tuning: whether perplexity
+    is worse than without the method, at any position, until the model was tuned.
     """
 
     method: str
@@ -49,8 +51,8 @@ class Extension:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.method}: {self.length_before:,} -> {self.length:,} tokens, {self.factor:.3g} times the {self.original_length:,} "
-            f"it was trained for, in {', '.join(self.modules)}"
+            f"{self.method}: {self.length_before:,} -> {self.length:,} tokens by a factor of {self.factor:.3g}; trained for "
+            f"{self.original_length:,}; in {', '.join(self.modules)}"
         ]
         for kind, after in self.after.items():
             lines.append(f"  {kind or 'all layers'}: {self.before[kind]} -> {after}")
@@ -73,8 +75,8 @@ def extend_context(model: nn.Module, max_length: int, method: str = "yarn", **pa
     Args:
         model: a Transformers model with RoPE, or a wrapper around one (PEFT, DDP, DeepSpeed, torch.compile).
         max_length: tokens to read.
-        method: "yarn" (the best without tuning), "linear", "ntk", "ntk_mixed", "dynamic", "llama3", "longrope", "abf"; what they
-            are says ``fastllm.rope.scaling``.
+        method: "yarn" (the lowest perplexity without tuning), "linear", "ntk", "ntk_mixed", "dynamic", "llama3", "longrope",
+            "abf"; what they are says ``fastllm.rope.scaling``.
         **params: of the method; ``factor`` is max_length / trained length unless given; ``adjusted_base`` of "abf" is the base by
             which the laws reach max_length; ``original_length`` replaces the trained length that the config tells.
 
@@ -155,16 +157,19 @@ def _plan(config: Any, max_length: int, method: str, params: dict[str, Any]) -> 
     before = parameters_of(config)
     original, factor = params.pop("original_length", None), params.pop("factor", None)
     original = trained_length(config, before) if original is None else original
-    if not isinstance(original, int) or original < 1:
+    if isinstance(original, bool) or not isinstance(original, int) or original < 1:
         raise ConfigError(f"original_length must be a number of tokens, at least 1, got {original!r}")
     reads = max(original, getattr(config, "max_position_embeddings", None) or 0)
     if factor is None and max_length <= reads and not params and not _follows(before):
         raise ConfigError(f"max_length must lie beyond the {reads} tokens that the model reads, got {max_length}")
-    factor = max(1.0, max_length / original) if factor is None else factor
+    if max_length <= original:
+        raise ConfigError(f"max_length must lie beyond the {original} tokens of the training, got {max_length}")
+    factor = max_length / original if factor is None else factor
+    if method in _BY_FACTOR and factor == 1 and not isinstance(factor, bool):
+        raise ConfigError(f"factor must be greater than 1 for {method} to change anything, got {factor!r}")
     after, dims = {}, {}
-    for kind, old in before.items():
-        if is_local(kind):
-            continue
+    for kind in rescalable(config, before):
+        old = before[kind]
         dims[kind] = rotated(config, old)
         after[kind] = _rescaled(method, old, dims[kind], original, max_length, factor, params)
     return _Plan(method, max_length, original, factor, after, _bound(method, after, dims, original, before))
@@ -176,7 +181,7 @@ def _apply(model: nn.Module, config: Any, rotary: dict[str, nn.Module], plan: _P
     same = all(parameters_of(config)[kind] == new for kind, new in plan.after.items())  # loaded again, say
     name = type(model).__name__
     for path, module in rotary.items():
-        if not _as_told(module, config):
+        if _computes_its_own(module) or not _as_told(module, config):
             raise ConfigError(
                 f"{path} of {name} does not have the frequencies that its config tells: its RoPE is not of the usual kind"
             )
@@ -196,7 +201,7 @@ def _apply(model: nn.Module, config: Any, rotary: dict[str, nn.Module], plan: _P
     if same and follows:
         return list(rotary)
     if not changed and not follows:
-        raise ConfigError(f"{plan.method} did not change any frequency of {name}: its RoPE is not of the usual kind")
+        raise ConfigError(f"{plan.method} did not change any frequency of {name}: they are already what it asks for")
     new_logits, _ = _logits(model, config, plan.original, positions)
     if old_logits is not None and new_logits is not None and torch.equal(old_logits, new_logits):
         raise ConfigError(
@@ -248,13 +253,13 @@ def _rescaled(
     method: str, old: dict[str, Any], dim: int, original: int, length: int, factor: float, params: dict[str, Any]
 ) -> dict[str, Any]:
     """The RoPE parameters of a config for this method; `params` are checked by trying them."""
-    base, params = float(old["rope_theta"]), dict(params)
+    base, params = base_of(old), dict(params)
     kept = {k: v for k, v in old.items() if k not in _OF_METHODS}  # of the family: partial rotation, sections, ...
     if old.get("rope_type") == _TYPES.get(method, method):  # its own settings, unless others are given
         known = inspect.signature(_METHODS[method]).parameters
         params = {k: v for k, v in old.items() if k in known and k != "rope"} | params
-    if method == "abf":
-        params.setdefault("adjusted_base", laws.base_for(dim, base, original, length))
+    if method == "abf" and params.get("adjusted_base") is None:
+        params["adjusted_base"] = laws.base_for(dim, base, original, length)
     scaling(method, head_dim=dim, base=base, original_length=original, factor=factor, length=length, **params)
     new = {"rope_type": _TYPES.get(method, method), "rope_theta": base, **kept}
     if method == "abf":
@@ -263,7 +268,7 @@ def _rescaled(
         return new
     if method == "llama3":
         params = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} | params
-    new |= {"factor": float(factor), **params}
+    new |= {"factor": float(factor), **{k: list(v) if isinstance(v, tuple) else v for k, v in params.items()}}
     if method != "linear":
         new["original_max_position_embeddings"] = original
     return new
@@ -322,6 +327,11 @@ def _as_told(module: nn.Module, config: Any) -> bool:
         if there.shape != value.shape or not torch.allclose(there.cpu(), value.to(there.dtype), rtol=1e-2, atol=1e-7):
             return False
     return True
+
+
+def _computes_its_own(module: nn.Module) -> bool:
+    """Whether a rotary module finds its frequencies anew at every call (PhiMoE), and does not read those that it holds."""
+    return "rope_init_fn" in inspect.unwrap(type(module).forward).__code__.co_names
 
 
 def _rebuild(module: nn.Module, config: Any) -> bool:
@@ -415,7 +425,7 @@ def _logits(
         if "unexpected keyword" not in str(error):
             raise
         return None, positions
-    except (ValueError, RuntimeError, AttributeError) as error:
+    except (ValueError, RuntimeError, AttributeError, LookupError) as error:
         said = " ".join(str(error).split())
         raise ConfigError(f"{type(model).__name__} cannot be tried: {type(error).__name__}: {said}") from error
     finally:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastllm.errors import ConfigError
-from fastllm.rope._config import config_of, is_local, parameters_of, rotated, trained_length
+from fastllm.rope._config import base_of, config_of, parameters_of, rescalable, rotated, trained_length
 
 PRETRAINED_BASE = 10000.0
 
@@ -18,7 +18,7 @@ def critical_dimension(head_dim: int, train_length: int, base: float = PRETRAINE
 
     Those beyond it have met only a part of their angles and are out of distribution further on.
     """
-    _check(head_dim=head_dim, train_length=train_length, base=base - 1)
+    _check(head_dim=(head_dim, 0), train_length=(train_length, 0), base=(base, 1))
     if train_length <= 2 * math.pi:
         return 0
     return min(head_dim, 2 * math.ceil(head_dim / 2 * math.log(train_length / (2 * math.pi), base)))
@@ -27,7 +27,7 @@ def critical_dimension(head_dim: int, train_length: int, base: float = PRETRAINE
 def critical_base(train_length: int, tuned_length: int) -> float:
     """The base that tuning at `tuned_length` tokens must exceed for the reach of ``max_context``, for a model pretrained at
     `train_length` tokens with base 10000: 10000^log_{T_train/2π}(T_tune/2π)."""
-    _check(train_length=train_length - 2 * math.pi, tuned_length=tuned_length - 2 * math.pi)
+    _check(train_length=(train_length, 2 * math.pi), tuned_length=(tuned_length, 2 * math.pi))
     turns = math.log(tuned_length / (2 * math.pi)) / math.log(train_length / (2 * math.pi))
     return PRETRAINED_BASE**turns
 
@@ -35,7 +35,7 @@ def critical_base(train_length: int, tuned_length: int) -> float:
 def max_context(head_dim: int, base: float, train_length: int, *, pretrained_base: float = PRETRAINED_BASE) -> float:
     """Tokens up to which a model tuned with `base` (above ``critical_base``) is predicted to read: 2π·base^(d_extra/d), where
     d_extra is the critical dimension of its pretraining at `train_length` tokens with `pretrained_base`."""
-    _check(base=base - 1)
+    _check(base=(base, 1))
     extra = critical_dimension(head_dim, train_length, pretrained_base)
     return 2 * math.pi * base ** (extra / head_dim)
 
@@ -53,14 +53,15 @@ def base_for(head_dim: int, base: float, train_length: int, target_length: int) 
 def small_bases(tuned_length: int) -> tuple[float, float, float]:
     """The bases 2T/π, T/π and T/2π, below which every pair of dimensions turns through a quarter, a half and a whole cosine
     within the tuned length, and extrapolation improves by steps."""
-    _check(tuned_length=tuned_length)
+    _check(tuned_length=(tuned_length, 0))
     return 2 * tuned_length / math.pi, tuned_length / math.pi, tuned_length / (2 * math.pi)
 
 
-def _check(**values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise ConfigError(f"{name} is too small for RoPE's scaling laws to mean anything")
+def _check(**values: tuple[float, float]) -> None:
+    """Of every name its value, and what it must exceed for the laws to mean anything."""
+    for name, (value, least) in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least < value < math.inf:
+            raise ConfigError(f"{name} must be a finite number greater than {least:.4g}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,9 @@ def recommend(model_or_config: Any, target_length: int) -> Recommendation:
         raise ConfigError(f"target_length must be a number of tokens, at least 1, got {target_length!r}")
     config = config_of(model_or_config)
     parameters = parameters_of(config)
-    kind = next((k for k in parameters if not is_local(k)), next(iter(parameters)))
+    kind = rescalable(config, parameters)[0]
     of_kind, length = parameters[kind], trained_length(config, parameters)
-    dim, base = rotated(config, of_kind), float(of_kind["rope_theta"])
+    dim, base = rotated(config, of_kind), base_of(of_kind)
     factor = target_length / length
     params: dict[str, Any] = {}
     tuned_base = base
@@ -131,7 +132,10 @@ def recommend(model_or_config: Any, target_length: int) -> Recommendation:
         method, tuning = "abf", True
         tuned_base = base_for(dim, base, length, target_length)
         params = {"adjusted_base": float(f"{tuned_base:.6g}")}
-        reason = f"Beyond {YARN_STRETCH:g} times, a base of {params['adjusted_base']:g} and tuning at long lengths; worse until then."
+        reason = (
+            f"Beyond {YARN_STRETCH:g} times, a base of {params['adjusted_base']:g} and tuning at long lengths; worse within the "
+            "trained length until then."
+        )
     extra = critical_dimension(dim, length, base)
     bound = None if method == "yarn" else max(float(length), 2 * math.pi * tuned_base ** (extra / dim))
     arguments = "".join(f", {name}={value!r}" for name, value in params.items())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -107,6 +108,11 @@ class Recorder:
             if cache is not None:
                 raise ConfigError("frequencies that follow the text need input_ids beside a cache, not inputs_embeds")
             return None
+        if not _refillable(cache):
+            raise ConfigError(
+                f"{type(cache).__name__} keeps states beside its layers and cannot be filled again when the frequencies of this "
+                "text change: give use_cache=False, or the model a method whose frequencies stay"
+            )
         past = _tokens_of(cache)
         held = 0 if cache is None else int(cache.get_seq_length())
         if past is None and held:
@@ -146,7 +152,7 @@ class Recorder:
             return output
         (ids, positions, real), self.new = self.new, None
         cache = getattr(output, "past_key_values", None)
-        if cache is not None:
+        if cache is not None and _refillable(cache):
             layer = _tokens_of(cache)
             if layer is None:
                 layer = _tokens_layer()()
@@ -199,6 +205,19 @@ def _tokens_of(cache: Any) -> Any:
         if hasattr(layer, "history"):
             return layer if layer.is_initialized and layer.get_seq_length() else None
     return None
+
+
+def _refillable(cache: Any) -> bool:
+    """Whether emptying its layers empties a cache: some hybrid models keep recurrent states in lists of its own."""
+    if cache is None:
+        return True
+    own = [value for name, value in vars(cache).items() if name != "layers"]
+    listed = [item for value in own if isinstance(value, (list, dict)) for item in _items(value)]
+    return hasattr(cache, "layers") and not any(isinstance(value, Tensor) for value in (*own, *listed))
+
+
+def _items(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def _empty(layer: Any) -> None:

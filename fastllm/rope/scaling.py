@@ -56,13 +56,15 @@ def scaling(
         raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if not isinstance(head_dim, int) or head_dim < 2 or head_dim % 2:
         raise ConfigError(f"head_dim must be an even number of rotated dimensions, at least 2, got {head_dim!r}")
-    if not isinstance(base, (int, float)):
-        raise ConfigError(f"base must be a number, got {base!r}")
-    for name, value, least in (("base", base, 1.0), ("original_length", original_length, 0), ("length", length, 0)):
-        if value is not None and not value > least:
-            raise ConfigError(f"{name} must be greater than {least:g}, got {value!r}")
     if original_length is None:
         raise ConfigError("original_length must be given: the tokens the model was trained for")
+    for name, value, least in (("base", base, 1.0), ("original_length", original_length, 0), ("length", length, 0)):
+        if value is None and name == "length":
+            continue
+        if not _is_number(value):
+            raise ConfigError(f"{name} must be a number, got {value!r}")
+        if not (value > least and math.isfinite(value)):
+            raise ConfigError(f"{name} must be greater than {least:g} and finite, got {value!r}")
     function = _METHODS[method]
     known = list(inspect.signature(function).parameters)[1:]
     if unknown := [name for name in params if name not in known]:
@@ -71,8 +73,17 @@ def scaling(
     for name, value in (("factor", factor), *params.items()):
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{name} must be finite, got {value!r}")
-    if factor is not None and (isinstance(factor, bool) or not isinstance(factor, (int, float))):
-        raise ConfigError(f"factor must be a number, got {factor!r}")
+    for name, value in (("factor", factor), *params.items()):
+        if name == "truncate":
+            if not isinstance(value, bool):
+                raise ConfigError(f"truncate must be True or False, got {value!r}")
+        elif name in ("short_factor", "long_factor"):
+            if not isinstance(value, (list, tuple)) or not all(map(_is_number, value)):
+                raise ConfigError(
+                    f"{name} must be a list of numbers, one for each of {head_dim // 2} pairs, got {value!r}"
+                )
+        elif value is not None and not _is_number(value):
+            raise ConfigError(f"{name} must be a number, got {value!r}")
     stretch = factor if factor is not None else max(1.0, length / original_length) if length else None
     if stretch is not None and not stretch >= 1:
         raise ConfigError(f"factor must be at least 1, got {factor!r}")
@@ -86,6 +97,10 @@ def scaling(
     if not (found.inv_freq.isfinite().all() and math.isfinite(found.attention_factor) and found.attention_factor > 0):
         raise ConfigError(f"{method} with {params} gives no finite frequencies and attention factor")
     return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class _Rope(NamedTuple):
@@ -198,10 +213,12 @@ def _longrope(
     attention_factor: float | None = None,
 ) -> tuple[Tensor, float]:
     for name, factors in (("short_factor", short_factor), ("long_factor", long_factor)):
-        if len(factors) != rope.dim // 2 or not all(f > 0 for f in factors):
+        if len(factors) != rope.dim // 2:
             raise ConfigError(
                 f"{name} must hold a factor above 0 for each of {rope.dim // 2} pairs, got {len(factors)} numbers"
             )
+        if wrong := [f for f in factors if not (f > 0 and math.isfinite(f))]:
+            raise ConfigError(f"{name} must hold finite factors above 0, got {wrong[0]!r} among them")
     chosen = long_factor if (rope.length or 0) > rope.original else short_factor
     if attention_factor is None:
         attention_factor = math.sqrt(1 + math.log(rope.stretch()) / math.log(rope.original))

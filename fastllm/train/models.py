@@ -74,7 +74,9 @@ def load_model(
     if options.rope:
         extension = fastllm.extend_context(model, **_rope(options.rope))
         tell(str(extension))
-    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        known = extension.length  # a config with "dynamic" keeps the length of the training
+    else:
+        known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if known and max_length > known:
         raise ConfigError(
             f"max_length is {max_length}, and the model reads {known} tokens: lower it, or give rope with max_length: {max_length}"

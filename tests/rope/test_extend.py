@@ -232,7 +232,24 @@ def test_a_bad_call_leaves_an_extended_model_extended():
         ((128.5,), {}, "max_length must be"),
         ((64,), {}, "max_length must lie beyond the 64 tokens that the model reads"),
         ((128,), {"factor": 0}, "factor must be at least 1, got 0"),
-        ((128,), {"factor": 1}, "yarn did not change any frequency"),
+        ((128,), {"factor": 1}, "factor must be greater than 1 for yarn to change anything, got 1"),
+        ((128, "dynamic"), {"factor": 1.0}, "factor must be greater than 1 for dynamic"),
+        ((128, "ntk"), {"factor": 1}, "factor must be greater than 1 for ntk"),
+        ((32,), {"factor": 2.0}, "max_length must lie beyond the 64 tokens of the training, got 32"),
+        ((128, "default"), {}, "default did not change any frequency of LlamaForCausalLM"),
+        ((128, "abf"), {"adjusted_base": "1e6"}, "adjusted_base must be a number, got '1e6'"),
+        ((128,), {"truncate": "no"}, "truncate must be True or False, got 'no'"),
+        ((128,), {"original_length": True}, "original_length must be a number of tokens, at least 1, got True"),
+        (
+            (128, "longrope"),
+            {"short_factor": 3},
+            "short_factor must be a list of numbers, one for each of 8 pairs, got 3",
+        ),
+        (
+            (128, "longrope"),
+            {"short_factor": [1.0] * 8, "long_factor": torch.ones(8)},
+            "long_factor must be a list of numbers",
+        ),
         ((128, "alibi"), {}, "method must be one of default, linear"),
         ((128,), {"beta": 1}, "yarn has no parameter 'beta'"),
         ((128,), {"original_length": -4}, "original_length must be"),
@@ -253,6 +270,68 @@ def test_a_family_that_takes_one_method_only_says_so():
     with pytest.raises(ConfigError, match="Phi3Config does not take yarn"):
         rope.extend_context(model, 8192)
     assert context_of(model) == config
+
+
+@pytest.mark.parametrize("method", ["yarn", "dynamic", "abf"])
+def test_a_model_all_of_whose_layers_have_a_fixed_reach_says_so(method):
+    kinds = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 16}
+    model = of(transformers.AutoConfig.for_model("gemma3_text", **{**SIZES, **kinds})).eval()
+    config, before = context_of(model), logits(model)
+    said = "every layer with RoPE of Gemma3TextConfig attends within a fixed reach"
+    said = "the config tells no rope_theta" if own_check_fails() else said  # there it has no parameters by kind then
+    with pytest.raises(ConfigError, match=said):
+        rope.extend_context(model, 256, method)
+    assert context_of(model) == config
+    assert torch.equal(logits(model), before)
+    with pytest.raises(ConfigError, match=said):
+        rope.laws.recommend(model, 256)
+
+
+@pytest.mark.parametrize("method", ["yarn", "longrope", "abf", "dynamic"])
+def test_a_rotary_module_that_does_not_read_its_frequencies_is_refused(method):
+    if own_check_fails():
+        pytest.skip("PhiMoE of Transformers 5.0 does not run with these parameters")
+    scaled = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64, "short_mscale": 1.2,
+        "long_mscale": 1.2, **LONG,
+    }  # fmt: skip
+    kinds = {
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "max_position_embeddings": 256,
+        "rope_parameters": scaled,
+    }
+    model = of(transformers.AutoConfig.for_model("phimoe", **{**SIZES, **kinds})).eval()
+    config, before = context_of(model), logits(model)
+    with pytest.raises(ConfigError, match="rotary_emb of PhimoeForCausalLM does not have the frequencies"):
+        rope.extend_context(model, 512, method)
+    assert context_of(model) == config
+    assert torch.equal(logits(model), before)
+
+
+def test_a_hybrid_model_follows_its_text_or_says_that_its_cache_cannot():
+    kinds = {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2, "num_experts_per_tok": 1}
+    model = of(transformers.AutoConfig.for_model("minimax", **{**SIZES, **kinds})).eval()
+    rope.extend_context(model, 256, "dynamic")
+    ids = tokens(1, 80)
+    with torch.no_grad():
+        cache = model(ids[:, :40], use_cache=True).past_key_values
+        with pytest.raises(ConfigError, match="MiniMaxCache keeps states beside its layers"):
+            model(ids[:, 40:41], past_key_values=cache)
+    if own_check_fails():  # its hybrid models have caches of their own
+        return
+    model = of(transformers.AutoConfig.for_model("lfm2", **{**SIZES, "layer_types": ["conv", "full_attention"]})).eval()
+    rope.extend_context(model, 256, "dynamic")
+    with torch.no_grad():
+        cache = model(ids[:, :40], use_cache=True).past_key_values
+        for n in range(40, 80):
+            step = model(ids[:, n : n + 1], past_key_values=cache).logits
+        torch.testing.assert_close(step, model(ids, use_cache=False).logits[:, -1:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_given_factor_is_not_told_as_the_ratio_of_lengths():
+    done = rope.extend_context(llama(max_position_embeddings=64).eval(), 512, "dynamic", factor=2.0)
+    assert str(done).startswith("dynamic: 64 -> 512 tokens by a factor of 2; trained for 64; in model.rotary_emb")
 
 
 def test_a_model_without_rope_is_an_error():
@@ -304,6 +383,26 @@ def test_the_command_says_what_the_laws_say(capsys):
     assert json.loads(capsys.readouterr().out)["target_length"] == 32768
     assert cli.main(["context", "gpt2", "--target", "32768"]) == 1
     assert "no RoPE parameters" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "message"),
+    [
+        ("phi3", {}, "Phi3Config does not take yarn"),
+        ("deepseek_v3", {"qk_rope_head_dim": 16}, "finds its scale from RoPE parameters"),
+    ],
+)
+def test_a_command_that_extend_context_would_refuse_is_not_recommended_in_silence(
+    family, sizes, message, tmp_path, capsys
+):
+    from fastllm import cli
+
+    config = transformers.AutoConfig.for_model(family, **{**SIZES, **sizes})
+    config.save_pretrained(tmp_path)
+    assert cli.main(["context", str(tmp_path), "--target", "32768"]) == 1
+    said = capsys.readouterr()
+    assert message in said.err
+    assert len(said.err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("method", ["dynamic", "longrope"])

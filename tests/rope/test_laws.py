@@ -21,14 +21,16 @@ def test_limits():
 
 
 @pytest.mark.parametrize(
-    "call",
+    ("call", "message"),
     [
-        lambda: laws.critical_dimension(0, 4096),
-        lambda: laws.critical_dimension(128, -1),
-        lambda: laws.critical_base(4096, 3),
-        lambda: laws.max_context(128, 1.0, 4096),
+        (lambda: laws.critical_dimension(0, 4096), "head_dim must be a finite number greater than 0, got 0"),
+        (lambda: laws.critical_dimension(128, -1), "train_length must be .* greater than 0, got -1"),
+        (lambda: laws.critical_dimension("128", 4096), "head_dim must be .*, got '128'"),
+        (lambda: laws.critical_base(4096, 3), "tuned_length must be .* greater than 6.283, got 3"),
+        (lambda: laws.max_context(128, 1.0, 4096), "base must be .* greater than 1, got 1.0"),
+        (lambda: laws.max_context(128, float("inf"), 4096), "base must be .*, got inf"),
     ],
 )
-def test_what_has_no_meaning_is_an_error(call):
-    with pytest.raises(ConfigError):
+def test_what_has_no_meaning_is_an_error(call, message):
+    with pytest.raises(ConfigError, match=message):
         call()

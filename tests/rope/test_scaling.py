@@ -110,6 +110,10 @@ def test_frequencies_are_fp32_positive_and_none_is_faster_than_it_was(method):
         ("default", {"head_dim": 7}, "head_dim must be an even number"),
         ("default", {"original_length": 0}, "original_length must be greater than 0"),
         ("default", {"original_length": None}, "original_length must be given"),
+        ("default", {"original_length": "64"}, "original_length must be a number, got '64'"),
+        ("default", {"base": float("inf")}, "base must be greater than 1 and finite, got inf"),
+        ("dynamic", {"factor": 2.0, "length": float("inf")}, "length must be greater than 0 and finite, got inf"),
+        ("yarn", {"factor": 2.0, "beta_slow": "1"}, "beta_slow must be a number, got '1'"),
         ("dynamic", {"factor": 2.0, "length": -5}, "length must be greater than 0"),
     ],
 )
