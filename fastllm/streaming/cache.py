@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -74,6 +75,10 @@ class StreamingCache(Cache):
         kv_dtype: str | None = None,
     ) -> None:
         found, self.eight = examine(model, sinks, window), named(kv_dtype)
+        if offloading and all(keys.device.type == "cpu" for keys in found.rotations.layers):
+            raise ConfigError(
+                "offloading moves keys and values from an accelerator to the CPU, and this model is on the CPU"
+            )
         self.stream = Stream()
         self.reach = Reach(sinks, window)
         self.rotations = found.rotations
@@ -190,10 +195,10 @@ class StreamingCache(Cache):
             return
         rows = torch.as_tensor(rows)
         rows = rows.nonzero().flatten() if rows.dtype == torch.bool else rows.long()
+        for layer in self.rings:  # before the counts, as it fails where there is no such row
+            layer.select(rows)
         if len(set(counts)) > 1 or len(rows) != len(counts):
             self.stream.counts = [counts[b] for b in rows.tolist()]
-        for layer in self.rings:
-            layer.select(rows)
 
     def activate_past_recording(self) -> None:
         raise ConfigError(
@@ -249,7 +254,7 @@ class StreamingCache(Cache):
             stream.step is not None and stream.step.read
         ):  # interrupted while it was writing: everything it needs is there
             self._write(stream.step)
-        stream.step = None
+        stream.step = self._tried = None
         self._check_scaling(module)
         if self._tree is not None and (batch != 1 or length != len(self._tree[0])):
             raise ConfigError(f"a tree of {len(self._tree[0])} nodes was given ids of shape {(batch, length)}")
@@ -319,6 +324,12 @@ class StreamingCache(Cache):
         """After the last piece: the cache has grown, and the outputs of all pieces become one."""
         step = self.stream.step
         assert step is not None
+        if not all(layer.fed for layer in self.rings):  # counted as read, these tokens would be missing for ever
+            self.stream.step = None
+            raise ConfigError(
+                "the model gave this StreamingCache no keys and values: in training mode under gradient checkpointing layers "
+                "use no cache; model.eval() first"
+            )
         if step.tree is None:
             self._write(step)
         else:
@@ -379,8 +390,20 @@ class StreamingCache(Cache):
 
 # ---- the hooks --------------------------------------------------------------------------------------------------------
 
-# By rotary module, the cache whose forward pass is under way: its tables are for the places in that cache's text.
-_ACTIVE: weakref.WeakKeyDictionary[nn.Module, StreamingCache] = weakref.WeakKeyDictionary()
+
+class _Active(threading.local):
+    """By rotary module, the cache whose forward pass is under way in this thread: its tables are for the places in that cache's
+    text. Weak, as a forward pass that failed leaves its cache here until the next one."""
+
+    def __init__(self) -> None:
+        self.caches: weakref.WeakKeyDictionary[nn.Module, weakref.ref[StreamingCache]] = weakref.WeakKeyDictionary()
+
+    def of(self, rotary: nn.Module) -> StreamingCache | None:
+        found = self.caches.get(rotary)
+        return None if found is None else found()
+
+
+_ACTIVE = _Active()
 
 
 def _install(owner: nn.Module, rotary: list[nn.Module]) -> None:
@@ -402,7 +425,7 @@ def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return None
     kwargs = cache._begin(module, kwargs)
     for table in cache.rotations.tables:
-        _ACTIVE[table.module] = cache
+        _ACTIVE.caches[table.module] = weakref.ref(cache)
     return (), kwargs
 
 
@@ -417,29 +440,32 @@ def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
 
 def _forget(owner: nn.Module) -> None:
     """A forward pass that failed may have left its cache behind."""
-    if _ACTIVE:
-        for rotary in [m for m, cache in list(_ACTIVE.items()) if cache._owner() is owner]:
-            _ACTIVE.pop(rotary, None)
+    for rotary, found in list(_ACTIVE.caches.items()):
+        cache = found()
+        if cache is None or cache._owner() is owner:
+            _ACTIVE.caches.pop(rotary, None)
 
 
 @torch.compiler.disable
 def _at_zero(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Its own table will not be used: one position is enough, and one at which nothing is rescaled."""
-    return rotation.with_positions(args, kwargs, lambda ids: ids[..., :1] * 0) if module in _ACTIVE else None
+    return (
+        rotation.with_positions(args, kwargs, lambda ids: ids[..., :1] * 0) if _ACTIVE.of(module) is not None else None
+    )
 
 
 @torch.compiler.disable
 def _table(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    cache = _ACTIVE.get(module)
+    cache = _ACTIVE.of(module)
     if cache is None or cache.stream.step is None:
         return None
     kind = args[2] if len(args) > 2 else kwargs.get("layer_type")
     step, number = cache.stream.step, cache.rotations.number(module, kind)
     step.given = True
     if isinstance(output[0], Angles):  # a patched model's, whose kernel takes cosines of what it is given, unrounded
-        step.rounded = False
-        factor = cache.angles.factor(number)
-        return tuple(Angles(step.tokens, a.inv_freq, factor, a.which, a.layout, a.of_table) for a in output)
+        factor, inv_freq = cache.angles.factor(number), cache.angles.single(number, output[0].positions.device)
+        return tuple(Angles(step.tokens, inv_freq, factor, a.which, a.layout, a.of_table) for a in output)
+    step.rounded[number] = output[0].dtype
     return cache.angles.columns(number, step.tokens, output[0])
 
 

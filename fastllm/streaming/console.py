@@ -15,6 +15,7 @@ from fastllm.streaming import budget
 from fastllm.streaming.cache import StreamingCache
 
 _EVERY = 0.25  # seconds between two status lines
+_CONTEXT = 8  # tokens before the new ones with which these are decoded
 
 
 @dataclass
@@ -104,7 +105,7 @@ class Talk:
         began = self.generated
         self.read += len(ids)
         logits = self.feed(ids)
-        self.ended, pending = "count", []
+        self.ended, pending, before = "count", [], ids[-_CONTEXT:]
         while count is None or self.generated - began < count:
             token = self.draw(logits)
             self.generated += 1
@@ -113,15 +114,21 @@ class Talk:
                 self.feed([token])
                 break
             pending.append(token)
-            text = self.tokenizer.decode(pending, skip_special_tokens=True)
+            text = self.text(before, pending)
             if not text.endswith("�") or len(pending) > 8:  # a character of several tokens waits for its last one
                 out.write(text)
                 out.flush()
-                pending = []
+                before, pending = [*before, *pending][-_CONTEXT:], []
             logits = self.feed([token])
             self.show()
         if pending:
-            out.write(self.tokenizer.decode(pending, skip_special_tokens=True))
+            out.write(self.text(before, pending))
+
+    def text(self, before: list[int], new: list[int]) -> str:
+        """What `new` adds to the text of the tokens before it: by itself it would lose the space it begins with under the
+        tokenizers of Llama 2 and Mistral, which leave out that of a text."""
+        old, both = (self.tokenizer.decode(ids, skip_special_tokens=True) for ids in (before, before + new))
+        return both[len(old) :] if both.startswith(old) else self.tokenizer.decode(new, skip_special_tokens=True)
 
     def summary(self) -> Summary:
         rate = (self.generated + self.read) / self.seconds if self.seconds else 0.0

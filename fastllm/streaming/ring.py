@@ -67,6 +67,7 @@ class RingLayer(CacheLayerMixin):
         # Of the forward pass under way: where its tokens go, and the sinks' cosines and sines, (B, 1, S, D) or of one query (S, D)
         self.place: Place | None = None
         self.turn: tuple[Tensor, Tensor] | None = None
+        self.fed = False  # whether the forward pass under way has given this layer its keys
         # (2, B, K, S, D) fp32: the sinks as they were before rotation, and those a quarter turn on
         self.masters: Tensor | None = None
         # Keys and values of this forward pass that wait for its end, as they take the slots of what it still reads; of a tree, for
@@ -89,12 +90,16 @@ class RingLayer(CacheLayerMixin):
             raise ConfigError(
                 f"the model was on {self.rotation.device} when this StreamingCache was made: make a new one"
             )
-        if self.is_initialized and key_states.dtype != self.dtype:
+        if self.is_initialized and (key_states.dtype, value_states.dtype) != (self.dtype, self.value_dtype):
             if self.stream.counts is not None:
-                raise ConfigError(f"this StreamingCache holds keys in {self.dtype} and was given {key_states.dtype}")
+                which, held, given = "keys", self.dtype, key_states.dtype
+                if held == given:
+                    which, held, given = "values", self.value_dtype, value_states.dtype
+                raise ConfigError(f"this StreamingCache holds {which} in {held} and was given {given}: reset() it")
             self.drop()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self.fed = True
         return place.store(self, key_states.detach(), value_states.detach())
 
     @property
@@ -105,13 +110,14 @@ class RingLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         (batch, heads, _, head_dim), value_dim = key_states.shape, value_states.shape[-1]
         self.dtype, self.device = key_states.dtype, key_states.device
-        stored = self.dtype if self.eight is None else torch.int8
+        self.value_dtype = value_states.dtype  # under autocast not that of the keys
+        stored = {} if self.eight is None else {"dtype": torch.int8}
         # Plain tensors even under inference_mode, so that the cache goes on outside of it; zeros, as slots not yet
         # written lie under a mask, which a NaN would pass.
         with torch.inference_mode(False):
             slots = (batch, heads, self.reach.size)
-            self.keys = key_states.new_zeros((*slots, head_dim), dtype=stored)
-            self.values = value_states.new_zeros((*slots, value_dim), dtype=stored)
+            self.keys = key_states.new_zeros((*slots, head_dim), **stored)
+            self.values = value_states.new_zeros((*slots, value_dim), **stored)
             if self.eight is not None:
                 self.key_scales, self.value_scales = (
                     key_states.new_zeros((*slots, 1), dtype=torch.float32) for _ in range(2)
@@ -148,7 +154,7 @@ class RingLayer(CacheLayerMixin):
         assert self.value_scales is not None
         return (
             self.eight.unpacked(keys, self.key_scales[:, :, :slots], self.dtype),
-            self.eight.unpacked(values, self.value_scales[:, :, :slots], self.dtype),
+            self.eight.unpacked(values, self.value_scales[:, :, :slots], self.value_dtype),
         )
 
     def rounded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,9 +22,16 @@ class Frequencies:
     def refresh(self) -> None:
         self.frequencies = [table.frequencies(self.length) for table in self.tables]
         self._by_device: dict[tuple[int, torch.device, bool], Tensor] = {}
+        self._single: dict[tuple[int, torch.device], Tensor] = {}
 
     def factor(self, table: int) -> float:
         return self.frequencies[table][1]
+
+    def single(self, table: int, device: torch.device) -> Tensor:
+        """(pairs,) fp32 of a table, as they were when this was made: the model's own are rounded by a later ``model.to``."""
+        if (table, device) not in self._single:
+            self._single[table, device] = self.frequencies[table][0].to(device, torch.float32)
+        return self._single[table, device]
 
     def columns(self, table: int, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """(..., C) cosines and sines of positions (...), as the table has them: with its factor, in the dtype of `like`."""
@@ -90,7 +97,7 @@ class Step:
         self.uniform = real is None and len(set(self.counts)) == 1
         self.read = False  # whether every layer has read what it needs, so that only writing is left
         self.given = False  # whether the model has rotated by our tables
-        self.rounded = True  # whether these were in its dtype
+        self.rounded: dict[int, torch.dtype] = {}  # by table, in which dtype it did; not there: as they are computed
         self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
         steps = torch.arange(length, device=device) if tree is None else tree[0].to(device)
         if self.uniform:
@@ -106,7 +113,7 @@ class Step:
         """Lays out what each layer needs, so that a compiled decoding step looks up and computes nothing of it."""
         for layer in layers:
             place = layer.place = self.places[layer.reach]
-            layer.turn, layer.pending = None, None
+            layer.turn, layer.pending, layer.fed = None, None, False
             if isinstance(place, Run | Rows) and place.turns and layer.rotation.table is not None:
                 cos, sin = self.turned(layer.rotation, layer.reach)
                 layer.turn = (cos[0, 0], sin[0, 0]) if isinstance(place, Run) else (cos, sin)
@@ -135,8 +142,9 @@ class Step:
             if keys.table is not None and (factor := self.angles.factor(keys.table)) != 1.0:
                 still = keys.sign == 0
                 cos, sin = torch.where(still, cos, cos * factor), sin * factor
-            if self.rounded:
-                cos, sin = cos.to(keys.dtype).float(), sin.to(keys.dtype).float()
+            if keys.table in self.rounded:
+                dtype = self.rounded[keys.table]
+                cos, sin = cos.to(dtype).float(), sin.to(dtype).float()
             self._tables[key] = cos, sin
         return self._tables[key]
 

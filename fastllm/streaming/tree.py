@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -29,9 +30,10 @@ def tree_mask(choices: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """
     paths: list[tuple[int, ...]] = [()]
     for choice in choices:
+        whole = isinstance(choice, Sequence) and all(isinstance(s, Integral) and s >= 0 for s in choice)
+        if not whole or not choice:
+            raise ConfigError(f"a path of choices must be a tuple of whole numbers of 0 or more, got {choice!r}")
         path = tuple(int(step) for step in choice)
-        if not path or min(path) < 0:
-            raise ConfigError(f"a path of choices must hold steps of 0 or more, got {tuple(choice)}")
         paths.append(path)
     number = {path: n for n, path in enumerate(paths)}
     if len(number) < len(paths):

@@ -1,5 +1,6 @@
 """``fastllm stream`` on a tiny model with a byte-level tokenizer."""
 
+import io
 import json
 import os
 import signal
@@ -11,7 +12,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import fastllm
 from fastllm import cli
+from fastllm.streaming import console
 from tests.patching.models import llama
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}</s>\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
@@ -126,3 +129,16 @@ def test_errors_are_one_line(capsys, folder, arguments, said):
     assert code == 1
     assert said in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_words_keep_the_spaces_between_them():
+    words = ["<unk>", "▁once", "▁upon", "▁a", "▁time"]
+    tokenizer = Tokenizer(models.WordLevel({w: n for n, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    model = llama(vocab_size=5).eval()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    talk = console.Talk(model, fast, fastllm.StreamingCache(model, 2, 6), 0.0, 1.0, None, None)
+    ids, drawn, out = [1], iter([2, 3, 4, 1, 2]), io.StringIO()  # as Llama 2's: a text loses the space it begins with
+    talk.draw = lambda logits: next(drawn)
+    talk.say(ids, 5, out, through_ends=True)
+    assert out.getvalue() == " upon a time once upon"

@@ -35,7 +35,16 @@ def test_a_tree_of_sixty_three_candidates_in_any_order():
 
 
 @pytest.mark.parametrize(
-    ("choices", "said"), [([()], "0 or more"), ([(0,), (0,)], "twice"), ([(0, 1)], "no parent"), ([(-1,)], "0 or more")]
+    ("choices", "said"),
+    [
+        ([()], "0 or more"),
+        ([(0,), (0,)], "twice"),
+        ([(0, 1)], "no parent"),
+        ([(-1,)], "0 or more"),
+        ([0, 1], "0 or more"),
+        ([(0.5,)], "0 or more"),
+        ("ab", "0 or more"),
+    ],
 )
 def test_what_is_no_tree_is_said(choices, said):
     with pytest.raises(ConfigError, match=said):
