@@ -66,7 +66,7 @@ def test_texts_preferences_and_prompts():
         ({"data": ["a", 2]}, r"data\[1\] must be a text"),
         ({"instruction": "a"}, "there is no output"),
         ({"prompt": "a", "response": "b", "history": [["c"]]}, r"history\[0\] must be \[question, answer\]"),
-        ({"prompt": "a", "chosen": "b"}, "rejected must be a text, got NoneType"),
+        ({"prompt": "a", "chosen": "b"}, "there is no rejected: a preference has prompt, chosen and rejected"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "the same"),
     ],
 )

@@ -275,7 +275,7 @@ def test_the_command_trains_and_reports(capsys, tmp_path, settings):
         ({"lora": {"rank": 4}}, "lora: "),
         ({"resume_from_checkpoint": "nowhere"}, "there is no checkpoint or run nowhere"),
         ({"stage": "pretrain"}, "a conversation, where the stage takes texts"),
-        ({"stage": "ppo"}, "stage ppo is not there yet"),
+        ({"stage": "ppo"}, "stage ppo needs reward"),
         ({"chat_template": "no_such"}, "chat_template must be"),
         ({"model": "example:no_such"}, "there is no 'example:no_such'"),
     ],
