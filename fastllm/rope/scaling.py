@@ -61,7 +61,7 @@ def scaling(
     for name, value, least in (("base", base, 1.0), ("original_length", original_length, 0), ("length", length, 0)):
         if value is None and name == "length":
             continue
-        if not _is_number(value):
+        if value is None or not _is_number(value):
             raise ConfigError(f"{name} must be a number, got {value!r}")
         if not (value > least and math.isfinite(value)):
             raise ConfigError(f"{name} must be greater than {least:g} and finite, got {value!r}")

@@ -111,13 +111,13 @@ class RingLayer(CacheLayerMixin):
         (batch, heads, _, head_dim), value_dim = key_states.shape, value_states.shape[-1]
         self.dtype, self.device = key_states.dtype, key_states.device
         self.value_dtype = value_states.dtype  # under autocast not that of the keys
-        stored = {} if self.eight is None else {"dtype": torch.int8}
+        stored = None if self.eight is None else torch.int8
         # Plain tensors even under inference_mode, so that the cache goes on outside of it; zeros, as slots not yet
         # written lie under a mask, which a NaN would pass.
         with torch.inference_mode(False):
             slots = (batch, heads, self.reach.size)
-            self.keys = key_states.new_zeros((*slots, head_dim), **stored)
-            self.values = value_states.new_zeros((*slots, value_dim), **stored)
+            self.keys = key_states.new_zeros((*slots, head_dim), dtype=stored)
+            self.values = value_states.new_zeros((*slots, value_dim), dtype=stored)
             if self.eight is not None:
                 self.key_scales, self.value_scales = (
                     key_states.new_zeros((*slots, 1), dtype=torch.float32) for _ in range(2)

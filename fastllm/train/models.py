@@ -74,7 +74,7 @@ def load_model(
     if options.rope:
         extension = fastllm.extend_context(model, **_rope(options.rope))
         tell(str(extension))
-        known = extension.length  # a config with "dynamic" keeps the length of the training
+        known: int | None = extension.length  # a config with "dynamic" keeps the length of the training
     else:
         known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if known and max_length > known:
