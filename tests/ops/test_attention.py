@@ -199,7 +199,7 @@ def test_any_combination_on_the_cpu(call, dtype, backend):
 
 @each_dtype
 @settings(
-    max_examples=8, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate]
+    max_examples=5, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate]
 )  # to shrink takes minutes
 @given(call=calls(129 if DEVICE == "cpu" else 300))
 def test_any_combination_in_triton(call, dtype):

@@ -13,7 +13,6 @@ SAMPLE = (
     "olmo2",
     "deepseek_v3",
     "gemma3n_text",
-    "granitemoehybrid",
     "mamba",
     "opt",
     "gpt_oss",
