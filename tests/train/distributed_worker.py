@@ -7,14 +7,14 @@ Rank 0 prints a JSON line per case: {"case", "whole": losses, "resumed": losses,
 
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 
 import torch
 
-from fastllm.train import checkpoint, config
+from fastllm.train import config
 from fastllm.train.run import Run
+from tests.train.halfway import back_to_half_way
 
 
 def train(values: dict) -> tuple[Run, dict[int, float]]:
@@ -31,12 +31,7 @@ def main() -> None:
     for number, case in enumerate(map(json.loads, arguments[1:])):
         mine = {**values, **case, "output_dir": str(Path(values["output_dir"]) / str(number))}
         run, whole = train(mine)
-        first, last = checkpoint.complete(run.folder)
-        if os.environ["RANK"] == "0":
-            files = sorted(p.name for p in first.iterdir())
-            shutil.rmtree(last)
-            (run.folder / "final").rename(run.folder / "final-of-whole")
-        torch.distributed.barrier()
+        files = back_to_half_way(run.folder)
         again, resumed = train({**mine, "resume_from_checkpoint": str(run.folder)})
         if os.environ["RANK"] == "0":
             found = {"case": case, "whole": whole, "resumed": resumed, "folder": str(again.folder), "files": files}

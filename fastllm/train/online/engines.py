@@ -52,7 +52,18 @@ def _groups(models: Models, args: Any, critic_learning_rate: float | None) -> li
     return groups
 
 
-class Plain:
+class _Ranks:
+    world: int
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Over processes."""
+        if self.world > 1:
+            x = x.clone()
+            dist.all_reduce(x)
+        return x
+
+
+class Plain(_Ranks):
     """One process, or one of several that each hold everything; gradients are averaged by DistributedDataParallel."""
 
     def __init__(self, models: Models, optimizer: torch.optim.Optimizer, args: Any, _: int) -> None:
@@ -98,13 +109,6 @@ class Plain:
         with self.computing():
             yield
 
-    def sum(self, x: Tensor) -> Tensor:
-        """Over processes."""
-        if self.world > 1:
-            x = x.clone()
-            dist.all_reduce(x)
-        return x
-
     def save(self, folder: Path, *, writes: bool) -> None:
         if writes:
             weights = {n: p for n, p in self.models.named_parameters() if p.requires_grad}
@@ -126,7 +130,7 @@ class Plain:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-class Zero:
+class Zero(_Ranks):
     """DeepSpeed. Frozen models are in the engine too: under ZeRO-3 they are sharded and gathered layer by layer like the rest."""
 
     def __init__(self, models: Models, optimizer: torch.optim.Optimizer, args: Any, steps: int) -> None:
@@ -170,12 +174,6 @@ class Zero:
 
         with deepspeed.zero.GatheredParameters(list(self.models.actor.parameters())), _without_hooks(self.models.actor):
             yield
-
-    def sum(self, x: Tensor) -> Tensor:
-        if self.world > 1:
-            x = x.clone()
-            dist.all_reduce(x)
-        return x
 
     def save(self, folder: Path, *, writes: bool) -> None:
         self.engine.save_checkpoint(str(folder), tag=_ZERO, save_latest=False, exclude_frozen_parameters=True)

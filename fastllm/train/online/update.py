@@ -103,6 +103,6 @@ class _Stats:
         for name, value in zip(names, summed):
             means[name] = value / (len(self.norms) if name in _SUMS else len(self.found) * engine.world)
         if "ratio_max" in self.found[0]:
-            means["ratio_max"] = max(stats["ratio_max"].item() for stats in self.found)
+            means["ratio_max"] = torch.stack([stats["ratio_max"] for stats in self.found]).max().item()
         means["grad_norm"] = sum(self.norms) / len(self.norms)
         return means

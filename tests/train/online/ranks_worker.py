@@ -7,15 +7,15 @@ Rank 0 prints a JSON line per way: {"way", "whole": log, "resumed": log, "final"
 
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 
 import torch
 
-from fastllm.train import checkpoint, config
+from fastllm.train import config
 from fastllm.train.online import engines
 from fastllm.train.online.run import Run
+from tests.train.halfway import back_to_half_way
 
 
 def train(values: dict) -> tuple[Run, list[dict]]:
@@ -42,13 +42,8 @@ def main() -> None:
         if way != "ddp":
             mine["zero_stage"] = int(way)
         run, whole = train(mine)
-        *_, last = checkpoint.complete(run.folder)
         gathers = list(gathered)
-        torch.distributed.barrier()
-        if os.environ["RANK"] == "0":
-            shutil.rmtree(last)
-            (run.folder / "final").rename(run.folder / "final-of-whole")
-        torch.distributed.barrier()
+        back_to_half_way(run.folder)
         again, resumed = train({**mine, "resume_from_checkpoint": str(run.folder)})
         if os.environ["RANK"] == "0":
             found = {"way": way, "whole": whole, "resumed": resumed, "folder": str(again.folder), "gathers": gathers}
