@@ -21,6 +21,7 @@ from fastllm.errors import BackendError
 from fastllm.kernels import cpp, cuda, triton
 
 NAMES = ("torch", "cpp", "triton", "cuda")
+PREFERRED = {"cpu": "cpp", "cuda": "triton"}  # by type of device
 KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
@@ -121,7 +122,7 @@ def select(op: str, kernels: frozenset[str], device: torch.device, dtype: torch.
         if reason := refusal(forced, kernels, device, dtype):
             raise BackendError(f"{op}: backend {forced!r} cannot serve this call: {reason}")
         return forced
-    preferred = {"cpu": "cpp", "cuda": "triton"}.get(device.type, "torch")
+    preferred = PREFERRED.get(device.type, "torch")
     return preferred if not refusal(preferred, kernels, device, dtype) else "torch"
 
 

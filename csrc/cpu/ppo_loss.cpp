@@ -20,11 +20,6 @@ inline Vec keep(Vec valid, Vec x) { return where_less(Vec(0.f), valid, x, Vec(0.
 inline Vec clamp(Vec x, Vec lowest, Vec highest) { return min(highest, max(lowest, x)); }
 inline Vec negative(Vec x) { return Vec(0.f) - x; }
 
-// A load, and word to the cache of the next block's.
-inline Vec load_on(const float* p, int lanes) {
-  __builtin_prefetch(p + BLOCK);
-  return load(p, lanes);
-}
 // e^x - 1 - x, given e^x: below 1/2, where that difference would cancel, its series, to 4e-8 of it.
 inline Vec beyond_linear(Vec x, Vec e) {
   Vec s(1.f / 40320);
@@ -36,15 +31,20 @@ inline Vec beyond_linear(Vec x, Vec e) {
 // A block of tokens: which are valid, and its columns as fp32, in place or converted.
 struct Block {
   const PpoLoss& p;
-  PpoStretch stretch;
-  int64_t row, at = 0, n = 0;
+  PpoStretch upcoming;
+  int64_t row, at = 0, n = 0, ahead = 0;  // this block: at .. at + n; the next one that will be wanted begins at at + ahead
+  bool more;
   alignas(64) float valid[BLOCK];
   alignas(64) float room[4][BLOCK];
 
-  Block(const PpoLoss& p, int64_t begin, int64_t end, int64_t row) : p(p), stretch{p.mask, begin, end}, row(row) {}
+  Block(const PpoLoss& p, int64_t begin, int64_t end, int64_t row)
+      : p(p), upcoming{p.mask, begin, end}, row(row), more(upcoming.next(BLOCK)) {}
   bool next() {
-    if (!stretch.next(BLOCK)) return false;
-    at = stretch.at, n = stretch.n;
+    if (!more) return false;
+    at = upcoming.at, n = upcoming.n;
+    more = upcoming.next(BLOCK);
+    PpoStretch beyond{p.mask, upcoming.end, p.tokens};  // a thread goes on where this stretch of tokens ends
+    ahead = more ? upcoming.at - at : beyond.next(BLOCK) ? beyond.at - at : 0;
     for (int64_t j = 0; j < n; ++j) valid[j] = p.mask[at + j] ? 1.f : 0.f;
     return true;
   }
@@ -56,14 +56,19 @@ struct Block {
       if (c.by_row) {
         std::fill_n(out, n, to_float(from[row]));
       } else {
-        for_each_vector(n, [&](int64_t j, int lanes) { store(out + j, load(from + at + j, lanes), lanes); });
+        for_each_vector(n, [&](int64_t j, int lanes) { store(out + j, FASTLLM_ISA::load(from + at + j, lanes), lanes); });
       }
     });
     return out;
   }
+  // A load, and word to the cache of the next block's, which the processor cannot foresee where masked tokens lie between.
+  Vec load(const float* p, int lanes) const {
+    __builtin_prefetch(p + ahead);
+    return FASTLLM_ISA::load(p, lanes);
+  }
   double sum_valid() const {
     Vec total = 0.f;
-    for_each_vector(n, [&](int64_t j, int lanes) { total += load(valid + j, lanes); });
+    for_each_vector(n, [&](int64_t j, int lanes) { total += FASTLLM_ISA::load(valid + j, lanes); });
     return total.sum();
   }
 };
@@ -169,8 +174,8 @@ static void policy_of_block(Block& block, const PpoRow& row, const P& policy, Pp
   const bool one_slope = p.by_sequence && p.variant == ppo;
   Vec losses = 0.f, cut = 0.f, ratios = 0.f, highest = 0.f, differences = 0.f, k3s = 0.f, all = 0.f;
   for_each_vector(block.n, [&](int64_t j, int lanes) {
-    const Vec valid = load(block.valid + j, lanes), a = keep(valid, load_on(advantages + j, lanes));
-    const Vec x = keep(valid, load_on(logp + j, lanes)), d = x - keep(valid, load_on(old + j, lanes));
+    const Vec valid = load(block.valid + j, lanes), a = keep(valid, block.load(advantages + j, lanes));
+    const Vec x = keep(valid, block.load(logp + j, lanes)), d = x - keep(valid, block.load(old + j, lanes));
     const Vec bounded = clamp(d, Vec(-BOUND), Vec(BOUND)), token_ratio = exp(bounded);
     const Vec ratio = p.by_sequence ? row_ratio : token_ratio;
     Vec loss, slope, clipped;
@@ -206,7 +211,7 @@ static void kl_of_block(Block& block, const PpoRow& row, PpoSums& sums) {
   const Vec coef = p.kl_coef * row.weight;
   Vec total = 0.f;
   for_each_vector(block.n, [&](int64_t j, int lanes) {
-    const Vec valid = load(block.valid + j, lanes), d = keep(valid, load_on(logp + j, lanes) - load_on(ref + j, lanes));
+    const Vec valid = load(block.valid + j, lanes), d = keep(valid, block.load(logp + j, lanes) - block.load(ref + j, lanes));
     Vec kl = d, slope = 1.f;
     if (p.kl_estimator == k2) {
       kl = Vec(0.5f) * d * d;
@@ -230,7 +235,7 @@ static void entropy_of_block(Block& block, const PpoRow& row, PpoSums& sums) {
   Vec total = 0.f;
   for_each_vector(block.n, [&](int64_t j, int lanes) {
     const Vec valid = load(block.valid + j, lanes);
-    total += keep(valid, load_on(entropy + j, lanes));
+    total += keep(valid, block.load(entropy + j, lanes));
     if (grad) store(grad + j, keep(valid, coef), lanes);
   });
   sums.entropy = double(total.sum()) * row.weight;
@@ -245,10 +250,10 @@ static void values_of_block(Block& block, const PpoRow& row, PpoSums& sums) {
   Vec losses = 0.f, cut = 0.f, all_v = 0.f, all_r = 0.f, all_e = 0.f;
   for_each_vector(block.n, [&](int64_t j, int lanes) {
     const Vec valid = load(block.valid + j, lanes);
-    const Vec v = keep(valid, load_on(values + j, lanes)), r = keep(valid, load_on(returns + j, lanes)), e = v - r;
+    const Vec v = keep(valid, block.load(values + j, lanes)), r = keep(valid, block.load(returns + j, lanes)), e = v - r;
     Vec loss = e * e, slope = e;
     if (old) {
-      const Vec from = keep(valid, load_on(old + j, lanes)), f = clamp(v, from - reach, from + reach) - r;
+      const Vec from = keep(valid, block.load(old + j, lanes)), f = clamp(v, from - reach, from + reach) - r;
       // A NaN among the old values, which comparisons pass over, comes out as it does from the definition.
       const Vec clipped = fma(f, f, from - from);
       cut += where_less(loss, clipped, Vec(1.f), Vec(0.f));
@@ -267,7 +272,7 @@ static void values_of_block(Block& block, const PpoRow& row, PpoSums& sums) {
   const Vec mean_r = float(sums.returns / sums.count), mean_e = float(-sums.errors / sums.count);
   Vec spread_r = 0.f, spread_e = 0.f;
   for_each_vector(block.n, [&](int64_t j, int lanes) {
-    const Vec valid = load(block.valid + j, lanes), r = load_on(returns + j, lanes), v = load_on(values + j, lanes);
+    const Vec valid = load(block.valid + j, lanes), r = block.load(returns + j, lanes), v = block.load(values + j, lanes);
     const Vec from_mean = keep(valid, r - mean_r), error = keep(valid, (v - r) - mean_e);
     spread_r = fma(from_mean, from_mean, spread_r);
     spread_e = fma(error, error, spread_e);
@@ -368,6 +373,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss(
   PpoLoss p{column(logprobs), column(old_logprobs), column(advantages), column(values), column(old_values),
             column(returns), column(entropy), column(ref_logprobs), column(importance_weights)};
   p.mask = (const uint8_t*)mask.const_data_ptr();
+  p.tokens = tokens;
   p.lowest = float(1 - clip_low), p.highest = float(1 + clip_high);
   p.dual_clip = float(dual_clip), p.value_clip = float(value_clip);
   p.value_coef = float(value_coef), p.entropy_coef = float(entropy_coef), p.kl_coef = float(kl_coef);

@@ -20,6 +20,7 @@ enum PpoKl : int64_t { k1, k2, k3 };
 struct PpoLoss {
   PpoColumn logprobs, old_logprobs, advantages, values, old_values, returns, entropy, ref_logprobs, weights;
   const uint8_t* mask;                                  // (tokens,)
+  int64_t tokens;
   float *grad_logprobs, *grad_values, *grad_entropy;    // (tokens,), without the normaliser; null: absent
   float lowest, highest;                                // the clip range of a ratio
   float dual_clip, value_clip;                          // dual_clip 0: none

@@ -51,6 +51,8 @@ class Op:
         save, backward: the gradient, ``save(ctx, inputs, output)`` and ``backward(ctx, *grads)`` as in
             ``torch.library.register_autograd``. Without them the gradient is the definition's, which for a backward
             op is what makes a gradient of a gradient right.
+        backward_once: `backward` where no other pass will read what was saved and no gradient of the gradient is wanted, so that it
+            may write over that; eager calls use it. ``ctx.wanted`` says which inputs need a gradient.
         expanded: an input may be expanded (its step along a dimension 0), which torch.compile is to leave so: it keeps only the
             order of strides else, and writes an expanded input out in full.
         public: the public functions this op serves, for ``backends.explain``; constants: their arguments for which no kernel
@@ -68,6 +70,7 @@ class Op:
         cuda: bool = False,
         save: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
+        backward_once: Callable[..., Any] | None = None,
         expanded: bool = False,
         public: Sequence[str] = (),
         constants: Sequence[str] = (),
@@ -101,6 +104,7 @@ class Op:
         served = {"cpu": has_cpp, "cuda": "triton" in self.kernels and _HAS_TRITON}
         self._devices = frozenset(device for device, there in served.items() if there)
         self.save, self.backward = save or _save_inputs, backward or self._backward_by_definition
+        self.backward_once = backward_once
         # An op that writes over its input serves inside other ops, below autograd, and has no gradient of its own.
         self.mutates = self.torch_op._schema.is_mutable
         if not self.mutates:
@@ -122,7 +126,10 @@ class Op:
                 )
             return self.definition(x, *args)
         # Eager calls skip the two crossings between Python and C++ that a gradient registered from Python costs.
-        if backends.forced is not None or x.dtype not in backends.KERNEL_DTYPES or x.device.type not in self._devices:
+        device = x.device.type
+        if backends.forced not in (None, backends.PREFERRED.get(device)):
+            return self._dispatch(x, *args)
+        if x.dtype not in backends.KERNEL_DTYPES or device not in self._devices:
             return self._dispatch(x, *args)
         if torch.is_grad_enabled() and not self.mutates and torch._C._any_requires_grad(x, *args):
             return _Eager.apply(self, self.torch_op, x, *args)
@@ -218,6 +225,10 @@ _AUTOGRAD = tuple(
 )
 
 
+# Whether the backward pass under way was told to retain the graph.
+_keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
+
+
 class _Eager(torch.autograd.Function):
     """An op's own gradient rule around a direct call of its kernel."""
 
@@ -231,9 +242,12 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        rule = ctx.op.backward
+        if ctx.op.backward_once and not (torch.is_grad_enabled() or _keeps_graph()):
+            rule, ctx.wanted = ctx.op.backward_once, ctx.needs_input_grad[2:]
         if ctx.forced is None:
-            found = ctx.op.backward(ctx, *grads)
+            found = rule(ctx, *grads)
         else:
             with backends.use_backend(ctx.forced):
-                found = ctx.op.backward(ctx, *grads)
+                found = rule(ctx, *grads)
         return (None, None, *found) if isinstance(found, tuple) else (None, None, found)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastllm import backends
 from fastllm.ops._op import Op, vjp
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -225,6 +226,28 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
     return tuple(wanted)
 
 
+def _backward_once(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    """As _backward, with what the forward pass stored as the gradients themselves: no tensors of their size, and one pass less."""
+    if grad_loss is None:
+        return (None,) * (_TENSORS + len(ctx.how))
+    grads, scale, *inputs = ctx.saved_tensors
+    learnt = [inputs[i] for i in _LEARNT]
+    stored = all(x is None or x.dtype == torch.float32 for x in learnt)  # in the dtypes that the gradients are to have
+    if not stored or backends.forced not in (None, "cpp") or grads.device.type != "cpu":
+        return _backward(ctx, grad_loss)
+    stored_entropy = len(grads) > 1 + (inputs[4] is not None)
+    of_entropy = _ppo_loss_backward_(
+        grads, inputs[3], grad_loss, scale, ctx.wanted[7] and not stored_entropy, Settings(*ctx.how[1:]).entropy_coef
+    )
+    wanted: list[Tensor | None] = [None] * (_TENSORS + len(ctx.how))
+    each = iter(grads.unbind())
+    for i, x in zip(_LEARNT, learnt):
+        if x is not None:
+            grad = of_entropy if i == 7 and not stored_entropy else next(each)
+            wanted[i] = grad if ctx.wanted[i] else None
+    return tuple(wanted)
+
+
 _ARGUMENTS = (
     "Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? values, Tensor? old_values,"
     " Tensor? returns, Tensor? entropy, Tensor? ref_logprobs, Tensor? importance_weights, Tensor? cu_seqlens,"
@@ -238,6 +261,7 @@ ppo_loss: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = Op(
     triton="ppo_loss:ppo_loss",
     save=_save,
     backward=_backward,
+    backward_once=_backward_once,
     public=["ppo_loss"],
 )
 _ppo_loss_backward = Op(
@@ -246,4 +270,22 @@ _ppo_loss_backward = Op(
     _backward_definition,
     fake=_backward_fake,
     triton="ppo_loss_backward:ppo_loss_backward",
+)
+
+
+def _scale_in_place(
+    grads: Tensor, mask: Tensor, grad_loss: Tensor, scale: Tensor, entropy: bool, entropy_coef: float
+) -> Tensor:
+    by = grad_loss * scale
+    grads.copy_((grads * by).where(grads != 0, grads))
+    if not entropy:
+        return grads.new_empty(0)
+    return _times(-entropy_coef, by).expand(mask.shape).where(mask, 0.0)
+
+
+_ppo_loss_backward_ = Op(
+    "ppo_loss_backward_(Tensor(a!) grads, Tensor mask, Tensor grad_loss, Tensor scale, bool entropy, float entropy_coef)"
+    " -> Tensor",
+    _scale_in_place,
+    fake=lambda grads, mask, grad_loss, scale, entropy, coef: grads.new_empty(mask.shape if entropy else 0),
 )

@@ -41,7 +41,8 @@ def test_non_contiguous_input(backend, device):
 
 @pytest.mark.parametrize("backend", ["cpp", "torch"])
 @settings(max_examples=40, deadline=None)
-@given(rows=st.integers(0, 9), channels=st.integers(1, 300), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+# With one channel all of the gradient cancels but what eps leaves of it, and the error is as large as a channel is near 0.
+@given(rows=st.integers(0, 9), channels=st.integers(2, 300), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_any_shape(backend, rows, channels, dtype):
     x = torch.randn(rows, channels)
     if rows:

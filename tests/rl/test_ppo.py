@@ -478,3 +478,39 @@ def test_the_graph_may_be_used_twice_and_the_loss_scaled():
     loss = ppo_loss(**given, **COEFS).loss
     first, second = (torch.autograd.grad(scale * loss, given["logprobs"], retain_graph=True)[0] for scale in (1, 4))
     torch.testing.assert_close(second, 4 * first)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_gradients_written_over_what_was_saved_are_those_of_a_graph_that_is_kept(aggregation):
+    given = batch(9, 700, torch.float32)
+    items = {"num_items": 70} if aggregation == "token-sum-norm" else {}
+    wanted = [given[name].requires_grad_() for name in LEARNT]
+    loss = ppo_loss(**given, **COEFS, **items, aggregation=aggregation).loss
+    kept = torch.autograd.grad(loss, wanted, torch.tensor(0.3), retain_graph=True)
+    again = torch.autograd.grad(loss, wanted, torch.tensor(0.3))
+    for a, b in zip(kept, again):
+        assert torch.equal(a, b)
+    loss = ppo_loss(**given, **COEFS, **items, aggregation=aggregation).loss
+    only = torch.autograd.grad(loss, wanted[2], torch.tensor(0.3))
+    assert torch.equal(only[0], kept[2])
+
+
+def test_a_gradient_may_be_changed_in_place_between_two_passes():
+    given = batch(3, 40, torch.float32)
+    wanted = [given[name].requires_grad_() for name in LEARNT]
+    loss = ppo_loss(**given, **COEFS).loss
+    loss.backward(retain_graph=True)
+    first = [x.grad.clone() for x in wanted]
+    for x in wanted:
+        x.grad.zero_()
+    loss.backward()
+    for x, grad in zip(wanted, first):
+        assert torch.equal(x.grad, grad)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_opcheck_in_place():
+    given = batch(3, 40, torch.float32, masked=0.0)
+    arguments = (torch.randn(2, 3, 40), given["mask"], torch.tensor(2.0), torch.tensor(0.5), True, 0.1)
+    torch.library.opcheck(torch.ops.fastllm.ppo_loss_backward_.default, arguments)
