@@ -16,7 +16,7 @@ from bench.case import BOTH, DTYPE_NAMES, Case, Missing
 from bench.device import Cpu, Cuda
 from bench.results import Row
 
-LEAD_SECONDS = 0.01
+TURN_SECONDS, TURN_CALLS = 0.01, 9
 ATOL = {torch.float32: 1e-6, torch.bfloat16: 1e-4, torch.float16: 1e-4}
 Inputs = tuple[tuple[Any, ...], list[int], list[Tensor]]
 
@@ -212,20 +212,19 @@ def bound(function: Callable[..., Any], sets: Sequence[Any]) -> Callable[[], Any
 
 
 def _interleave(contestants: dict[str, Callable[[], Any]], runs: int, device: Cpu | Cuda) -> dict[str, list[float]]:
-    """Seconds of each run, the contestants taking turns, so that a disturbance of the machine meets them all. The
-    release of a run's results belongs to its time. What takes under LEAD_SECONDS is called once more before each of its
-    turns: the other contestants, who push all else out of the caches, leave its inputs there to be read from memory as
-    they should, but its code and the allocator's pages as no training loop finds them."""
+    """Seconds of each turn, the contestants taking turns, so that a disturbance of the machine meets them all. The
+    release of a run's results belongs to its time. A turn is one call; of what takes less than TURN_SECONDS it is several in
+    a row, each on inputs that no cache holds, and the median of all but the first: the turns of the others push out not only
+    the inputs but the code and what the allocator keeps, as no training loop does."""
     samples: dict[str, list[float]] = {name: [] for name in contestants}
-    lead = {name: device.seconds(run) < LEAD_SECONDS for name, run in contestants.items()}
+    calls = {name: min(TURN_CALLS, 1 + int(TURN_SECONDS / device.seconds(run))) for name, run in contestants.items()}
     gc.collect()
     gc.disable()
     try:
         for _ in range(runs):
             for name, run in contestants.items():
-                if lead[name]:
-                    run()
-                samples[name].append(device.seconds(run))
+                first, *rest = [device.seconds(run) for _ in range(calls[name])]
+                samples[name].append(statistics.median(rest) if rest else first)
     finally:
         gc.enable()
     return samples

@@ -30,8 +30,8 @@ Written by `make docs` from [bench/results](../bench/results); no number here wa
 `python -m bench kernels --json F --plot DIR`, and `make demo`; `python -m bench compare OLD.json NEW.json` tells whether
 something became slower.
 
-Every contestant of a case takes its turn in one process, on fresh random inputs that no cache holds; what takes
-under 10 ms is called once more before each of its turns, so that its code is warm; times are medians.
+Every contestant of a case takes its turn in one process, on fresh random inputs that no cache holds; times are medians.
+A turn of what takes under 10 ms is several calls in a row, of which the first, which finds its code cold, does not count.
 Results are checked in the same run against fp64: a wrong one is marked WRONG and has no time. The limit is the bytes
 that must move at the speed of a large copy, or the FLOPs at that of a large matrix product of PyTorch (in fp32 not the
 most a processor can do), both timed in turn with the contestants. "3.00×" under a peer means that it takes three times

@@ -62,8 +62,8 @@ def main(name: str, cases: Sequence[Case], arguments: Sequence[str]) -> int:
     """Runs the cases that --only leaves; exit code 1 when a result of ours was wrong or an op failed."""
     description = (
         f"Times every op beside its peers: medians and quartiles over {RUNS} runs taken in turn, fresh random inputs "
-        "that no cache holds (their code may be: what takes under 10 ms is called once more before each turn), results checked "
-        "against fp64 in the same run."
+        "that no cache holds, results checked against fp64 in the same run. A turn of what takes under 10 ms is several calls, of "
+        "which the first does not count."
     )
     options = parser(name, description)
     options.add_argument("--only", metavar="PATTERN", help="only cases that contain this text, as 'rms_norm' or 'bf16'")
