@@ -46,6 +46,8 @@ struct Lane {
   int64_t at, n;  // the tokens of this block, which stand at the end of the arrays above
 };
 
+// CUTS: some slopes are 0, and there not even a NaN is taken from what follows.
+template <bool CUTS>
 static void chain(Lane* lane, int64_t longest, float* state) {
   float s[gae_lanes];
   for (int k = 0; k < gae_lanes; ++k) s[k] = state[k];
@@ -53,7 +55,8 @@ static void chain(Lane* lane, int64_t longest, float* state) {
     for (int k = 0; k < gae_lanes; ++k) {
       const float offset = lane[k].next[t];
       lane[k].next[t] = s[k];
-      s[k] = offset + lane[k].slope[t] * s[k];
+      const float slope = lane[k].slope[t], taken = slope * s[k];
+      s[k] = offset + (CUTS && slope == 0.f ? 0.f : taken);
     }
   }
   for (int k = 0; k < gae_lanes; ++k) state[k] = s[k];
@@ -64,6 +67,7 @@ void gae_sequences(const Gae& p, const GaeSequence* sequences, int64_t count) {
   static thread_local Lane lane[gae_lanes];
   float state[gae_lanes] = {};
   int64_t most = 0;
+  const bool cuts = p.dones || p.lam * p.gamma == 0.f;
   for (int64_t k = 0; k < count; ++k) most = std::max(most, sequences[k].end - sequences[k].begin);
   for (int64_t done = 0; done < most; done += BLOCK) {
     const int64_t longest = std::min(BLOCK, most - done);
@@ -84,7 +88,7 @@ void gae_sequences(const Gae& p, const GaeSequence* sequences, int64_t count) {
         __builtin_prefetch(l.r + j - BLOCK);  // what comes next, to the left, where the processor does not look by itself
         __builtin_prefetch(l.v + j - BLOCK);
         const Vec v = load(l.v + j, lanes);
-        Vec offset = fma(Vec(p.lam), load(l.r + j, lanes) - v, v);
+        Vec offset = p.lam == 0.f ? v : fma(Vec(p.lam), load(l.r + j, lanes) - v, v);
         Vec slope = p.dones ? Vec(p.lam) * load(l.discount + j, lanes) : Vec(p.lam * p.gamma);
         if (p.mask) {
           const Vec valid = load(l.valid + j, lanes);
@@ -95,7 +99,7 @@ void gae_sequences(const Gae& p, const GaeSequence* sequences, int64_t count) {
         store(l.slope + first + j, slope, lanes);
       });
     }
-    chain(lane, longest, state);
+    cuts ? chain<true>(lane, longest, state) : chain<false>(lane, longest, state);
     for (int64_t k = 0; k < count; ++k) {
       const Lane& l = lane[k];
       const float* next = l.next + (BLOCK - l.n);
@@ -103,7 +107,9 @@ void gae_sequences(const Gae& p, const GaeSequence* sequences, int64_t count) {
       const bool aligned = (uintptr_t(advantages) | uintptr_t(returns)) % (Vec::W * sizeof(float)) == 0;
       for_each_vector(l.n, [&](int64_t j, int lanes) {
         const Vec v = load(l.v + j, lanes), discount = p.dones ? load(l.discount + j, lanes) : Vec(p.gamma);
-        Vec a = fma(discount, load(next + j, lanes), load(l.r + j, lanes) - v), r = a + v;
+        Vec following = load(next + j, lanes);
+        if (cuts) following = where_less(Vec(0.f), discount, following, Vec(0.f));
+        Vec a = fma(discount, following, load(l.r + j, lanes) - v), r = a + v;
         if (p.mask) {
           const Vec valid = load(l.valid + j, lanes);
           a = where_less(Vec(0.f), valid, a, Vec(0.f));

@@ -34,7 +34,7 @@ def gae(
         lam: λ in [0, 1].
         mask: bool like rewards, True where a token counts; None: all. What stands elsewhere, NaN included, is not looked at.
         dones: like rewards, bool (or numbers, where all but 0 count as True): an episode ends with this token, and nothing
-            is taken from those after it.
+            is taken from those after it, not even a NaN.
         cu_seqlens: (sequences + 1,) int32, ascending from 0 to T: where sequences begin, for packed (T,) inputs.
 
     Returns:
@@ -81,7 +81,7 @@ def _definition(
     dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
     rewards, values = rewards.to(dtype), values.to(dtype)
     valid = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
-    goes_on = torch.ones_like(rewards) if dones is None else 1 - dones.to(dtype)
+    ends = torch.zeros_like(valid) if dones is None else dones
     first = torch.zeros(rewards.shape[-1] + 1, dtype=torch.bool, device=rewards.device)
     if cu_seqlens is not None:  # index t: sequences begin here
         first[cu_seqlens.long()] = True
@@ -89,8 +89,10 @@ def _definition(
     advantages = torch.zeros_like(rewards)
     for t in reversed(range(rewards.shape[-1])):
         next_value, next_advantage = (x.masked_fill(first[t + 1], 0.0) for x in (next_value, next_advantage))
-        delta = rewards[..., t] + gamma * goes_on[..., t] * next_value - values[..., t]
-        advantage = delta + gamma * lam * goes_on[..., t] * next_advantage
+        # A factor of 0 takes nothing from what follows, not even a NaN.
+        taken_value = next_value.masked_fill(ends[..., t] | (gamma == 0), 0.0)
+        taken_advantage = next_advantage.masked_fill(ends[..., t] | (gamma * lam == 0), 0.0)
+        advantage = rewards[..., t] + gamma * taken_value - values[..., t] + gamma * lam * taken_advantage
         advantages[..., t] = advantage
         next_value = values[..., t].where(valid[..., t], next_value)
         next_advantage = advantage.where(valid[..., t], next_advantage)

@@ -139,6 +139,29 @@ def test_nan_and_inf_come_out_as_the_definition_has_them(backend, device):
 
 
 @each_backend
+@pytest.mark.parametrize("length", [6, 300])
+def test_an_end_takes_nothing_of_what_follows(backend, device, length):
+    rewards, values, _ = some(3, length)
+    dones = torch.zeros(3, length, dtype=torch.bool)
+    dones[:, length // 2] = True
+    wrong = values.clone()
+    wrong[:, length // 2 + 1 :] = float("nan")
+    with fastllm.use_backend(backend):
+        for name, how in {"dones": {"dones": dones.to(device)}, "gamma": {"gamma": 0.0}, "lam": {"lam": 0.0}}.items():
+            whole = gae(rewards.to(device), values.to(device), **how)
+            cut = gae(rewards.to(device), wrong.to(device), **how)
+            last = length // 2 - (name == "lam")  # whose next value is a number
+            for a, b in zip(whole, cut):
+                assert torch.equal(a[:, : last + 1], b[:, : last + 1]), name
+        unread = rewards.clone()
+        unread[:, length // 2 + 1 :] = float("nan")
+        for a, b in zip(
+            gae(rewards.to(device), values.to(device), lam=0.0), gae(unread.to(device), values.to(device), lam=0.0)
+        ):
+            assert torch.equal(a[:, : length // 2 + 1], b[:, : length // 2 + 1])
+
+
+@each_backend
 def test_no_valid_token_and_zero_sizes_give_zeros(backend, device):
     nothing = torch.full((3, 4), torch.nan, device=device)
     with fastllm.use_backend(backend):

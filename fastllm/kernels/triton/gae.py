@@ -19,8 +19,8 @@ MAX_BLOCK = 2048
 
 @triton.jit
 def _after(slope_later, offset_later, slope, offset):
-    """The step that does the later token's first."""
-    return slope * slope_later, offset + slope * offset_later
+    """The step that does the later token's first. A slope of 0 takes nothing from what follows, not even a NaN."""
+    return slope * slope_later, offset + tl.where(slope == 0.0, 0.0, slope * offset_later)
 
 
 @triton.jit
@@ -37,7 +37,8 @@ def _token(
     if HAS_DONES:
         discount = tl.where(tl.load(dones_ptr + at, mask=inside, other=0) != 0, 0.0, discount)
     slope = tl.where(valid, lam * discount, 1.0)
-    return difference, value, discount, slope, tl.where(valid, value + lam * difference, 0.0), valid
+    offset = value + tl.where(lam == 0.0, 0.0, lam * difference)
+    return difference, value, discount, slope, tl.where(valid, offset, 0.0), valid
 
 
 @triton.jit
@@ -64,15 +65,16 @@ def _kernel(
             lam, HAS_MASK, HAS_DONES,
         )  # fmt: skip
         slope, offset = tl.associative_scan((slope, offset), 0, _after, reverse=True)
-        following = offset + slope * state
+        following = offset + tl.where(slope == 0.0, 0.0, slope * state)
         inside = at >= begin
         difference, value, discount, slope, offset, valid = _token(
             rewards_ptr, values_ptr, mask_ptr, dones_ptr, at, inside, gamma, lam, HAS_MASK, HAS_DONES
         )
-        advantage = difference + discount * following
+        advantage = difference + tl.where(discount == 0.0, 0.0, discount * following)
         tl.store(advantages_ptr + at, tl.where(valid, advantage, 0.0), mask=inside)
         tl.store(returns_ptr + at, tl.where(valid, advantage + value, 0.0), mask=inside)
-        state = tl.sum(tl.where(lanes == 0, offset + slope * following, 0.0), 0)
+        step = offset + tl.where(slope == 0.0, 0.0, slope * following)
+        state = tl.sum(tl.where(lanes == 0, step, 0.0), 0)
 
 
 def gae(
