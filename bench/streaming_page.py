@@ -1,4 +1,4 @@
-"""docs/streaming-measured.md, from what ``python -m bench stream`` wrote: both its parts, or the one that there is."""
+"""docs/streaming-measured.md, from what ``python -m bench stream`` wrote: its parts, or those that there are."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ def page(record: Record, pictures: str) -> str:
     ]
     if "quality" in record:
         parts += _quality(record["quality"])
+    if "facts" in record:
+        parts += _facts(record["facts"])
     parts.append(pictures)
     if "cost" in record:
         parts += _cost(record["cost"])
@@ -62,7 +64,6 @@ def _quality(found: Record) -> list[str]:
     said = ", ".join(f"{step}" if step else "not yet" for step in first)
     masses = [[r[kind]["mass"][which] for r in runs] for kind in ("bos", "control") for which in ("mean", "largest")]
     mean_bos, head_bos, mean_control, head_control = ([f"{m:.0%}" for m in ms] for ms in masses)
-    facts = found.get("facts")
     return [
         "## Perplexity by position",
         f"Byte-level Llamas of 0.84 M parameters, trained on {context} tokens of Python's standard library at a time "
@@ -79,14 +80,13 @@ def _quality(found: Record) -> list[str]:
         "sinks depends on how strong a sink has grown in training: perplexity of the window over that with sinks at "
         f"{buckets[-1]}, on fewer texts. It passes {found['shows']} after {said} steps.",
         markdown(["seed", "steps", "window / sinks", "attention on BOS"], emergence),
-        *(_facts(facts, context) if facts else []),
         "## What was expected of it",
         _gates(found),
         f"Measured on {machine.sentence(found['machine'])}, in {found['seconds'] / 60:.0f} minutes: `{found['machine']['command']}`.",
     ]
 
 
-def _facts(facts: Record, context: int) -> list[str]:
+def _facts(facts: Record) -> list[str]:
     found = [run["found"] for run in facts["seeds"]]
     rows = [
         [name, *(f"{mean(of[name][n] for of in found):.0%}" for n in range(len(facts["distances"])))]
@@ -95,9 +95,11 @@ def _facts(facts: Record, context: int) -> list[str]:
     return [
         "## Finding a fact again",
         "A stream forgets what leaves its window, and perplexity does not show it. Smaller models have been taught to give the value of "
-        f"a key named earlier within their {context} tokens. Share of {facts['rows']} values found, mean over {len(found)} seeds, by how "
-        "many tokens back the fact stands, of three that each text tells of.",
+        f"a key named earlier within their {facts['context']} tokens. Share of {facts['rows']} values found, mean over {len(found)} "
+        "seeds, by how many tokens back the fact stands, of three that each text tells of.",
         markdown(["", *(str(d) for d in facts["distances"])], rows),
+        _gates(facts),
+        f"Measured on {machine.sentence(facts['machine'])}, in {facts['seconds'] / 60:.0f} minutes: `{facts['machine']['command']}`.",
     ]
 
 
