@@ -49,7 +49,7 @@ def decode(
         *steps(c.k), *steps(c.v), kv_heads, **numbers, **flags, M=width_of(c.numbers["group"] * queries), N=block,
         num_warps=warps, num_stages=2,
     )  # fmt: skip
-    _join_kernel[(lse.numel(),)](
+    join_kernel[(lse.numel(),)](
         sums, stats, c.q if sink_logits is None else sink_logits.float().contiguous(), out, lse, *steps(out), heads,
         queries, splits, SINK_LOGITS=sink_logits is not None, DV=channels, BLOCK_DV=c.flags["BLOCK_DV"],
     )  # fmt: skip
@@ -152,7 +152,7 @@ def decode_kernel(
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _join_kernel(
+def join_kernel(
     sums_ptr, stats_ptr, sink_ptr, out_ptr, lse_ptr, out_batch, out_head, out_token, heads, queries, splits,
     SINK_LOGITS: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip

@@ -8,11 +8,18 @@ import torch
 
 from fastllm.kernels.triton._launch import Configuration, Work, triton_type
 from fastllm.kernels.triton.attention import mask_blocks
-from fastllm.kernels.triton.attention.backward_pass import key_value_kernel, query_kernel
+from fastllm.kernels.triton.attention.backward_pass import delta_kernel, delta_rows, key_value_kernel, query_kernel
 from fastllm.kernels.triton.attention.call import width_of
-from fastllm.kernels.triton.attention.decoding import decode_kernel, decode_tiles
+from fastllm.kernels.triton.attention.decoding import decode_kernel, decode_tiles, join_kernel
 from fastllm.kernels.triton.attention.forward_pass import forward_kernel
 from fastllm.kernels.triton.attention.tiles import Tiles, is_dense, passes, tiles_for
+
+_ROWS = (
+    (64, torch.bfloat16),
+    (128, torch.bfloat16),
+    (256, torch.bfloat16),
+    (256, torch.float32),
+)  # of kernels without products
 
 
 def configurations() -> list[Configuration]:
@@ -32,6 +39,7 @@ def configurations() -> list[Configuration]:
     ]
     return [c for case in cases for c in _shipped(*case)] + [
         _shipped_decode(128, torch.bfloat16, 4), _shipped_decode(64, torch.bfloat16, 8), _shipped_decode(128, torch.float32, 4),
+        *(f(width, dtype) for f in (_shipped_delta, _shipped_join) for width, dtype in _ROWS),
         *mask_blocks.configurations(),
     ]  # fmt: skip
 
@@ -130,4 +138,30 @@ def _shipped_decode(width: int, dtype: torch.dtype, group: int) -> Configuration
     return Configuration(
         decode_kernel, signature, constants, num_warps=decode_tiles(dtype)[1], num_stages=2,
         label=f"attention decode, group {group} {t[1:]} head dim {width}", work=work,
+    )  # fmt: skip
+
+
+def _shipped_delta(width: int, dtype: torch.dtype) -> Configuration:
+    t, rows = triton_type(dtype), 16 * 16384
+    signature = {"out_ptr": t, "grad_ptr": t, "grad_lse_ptr": "*fp32", "delta_ptr": "*fp32"}
+    for part in ("out", "grad"):
+        signature |= {f"{part}_batch": "i64:16", f"{part}_head": "i32:16", f"{part}_token": "i32:16"}
+    signature |= dict.fromkeys(("blocks", "heads", "tokens"), "i32")
+    constants = {"HAS_GRAD_LSE": False, "DV": width, "BLOCK_DV": width, "M": delta_rows(width, dtype.itemsize)}
+    return Configuration(
+        delta_kernel, signature, constants, num_stages=3,
+        label=f"attention backward, row sums {t[1:]} head dim {width}",
+        work=Work(f"1×16×16384×{width}", rows * (2 * width * dtype.itemsize + 4)),
+    )  # fmt: skip
+
+
+def _shipped_join(width: int, dtype: torch.dtype) -> Configuration:
+    t, rows, splits = triton_type(dtype), 16 * 32, 8
+    signature = {n: "*fp32" for n in ("sums_ptr", "stats_ptr", "sink_ptr", "lse_ptr")} | {"out_ptr": t}
+    signature |= {"out_batch": "i64:16", "out_head": "i32:16", "out_token": "i32:16"}
+    signature |= dict.fromkeys(("heads", "queries", "splits"), "i32")
+    return Configuration(
+        join_kernel, signature, {"SINK_LOGITS": False, "DV": width, "BLOCK_DV": width}, num_stages=3,
+        label=f"attention decode, join of {splits} {t[1:]} head dim {width}",
+        work=Work(f"16×32×1×{width}, 8 shares", rows * (splits * (width + 2) * 4 + width * dtype.itemsize)),
     )  # fmt: skip
