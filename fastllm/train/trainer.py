@@ -133,10 +133,6 @@ class Trainer(transformers.Trainer):
         run = Path(str(self.args.output_dir))
         folder = run / f"{checkpoint.NAME}{self.state.global_step}"
         self._check_space(run)
-        if self.state.best_global_step:
-            best = run / f"{checkpoint.NAME}{self.state.best_global_step}"
-            if best == folder or best.is_dir():
-                self.state.best_model_checkpoint = str(best)
         with checkpoint.written_whole(folder, writes=self.args.should_save, together=self._together) as aside:
             self.save_model(str(aside), _internal_call=True)
             if not self.args.save_only_model:
@@ -150,8 +146,8 @@ class Trainer(transformers.Trainer):
                         states[type(part).__name__] = part.state()  # type: ignore[index,call-overload]
                 self.state.save_to_json(str(aside / checkpoint.STATE))
         if self.args.should_save:
-            kept = self.state.best_model_checkpoint
-            checkpoint.rotate(run, self.args.save_total_limit, Path(kept) if kept else None)
+            best = self.state.best_global_step
+            checkpoint.rotate(run, self.args.save_total_limit, run / f"{checkpoint.NAME}{best}" if best else None)
 
     @property
     def _together(self) -> Any:
@@ -166,10 +162,10 @@ class Trainer(transformers.Trainer):
                 checkpoint.check_space(run, checkpoint.size_on_disk(earlier[-1]) if earlier else self._bytes_to_save())
             except CheckpointError as error:
                 problem = str(error)
-        if self.args.world_size > 1:
-            told = [problem]
-            torch.distributed.broadcast_object_list(told, src=0)
-            problem = told[0] or problem
+        if self.args.world_size > 1:  # several write where nodes have file systems of their own
+            told = [""] * self.args.world_size
+            torch.distributed.all_gather_object(told, problem)
+            problem = next(filter(None, told), "")
         if problem:
             raise CheckpointError(problem)
 
@@ -188,6 +184,10 @@ class Trainer(transformers.Trainer):
 
 class _SaveTheBest(transformers.TrainerCallback):
     """A new best perplexity is worth a checkpoint at once."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # Where it is set and one checkpoint is to be kept, transformers deletes all others at the end, the newest too.
+        state.best_model_checkpoint = None
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
         loss = (metrics or {}).get("eval_loss", math.inf)
