@@ -168,10 +168,10 @@ class Trainer(transformers.Trainer):
                 checkpoint.check_space(run, checkpoint.size_on_disk(earlier[-1]) if earlier else self._bytes_to_save())
             except CheckpointError as error:
                 problem = str(error)
-        if self.args.world_size > 1:  # several write where nodes have file systems of their own
-            told = [""] * self.args.world_size
-            torch.distributed.all_gather_object(told, problem)
-            problem = next(filter(None, told), "")
+        if self.args.world_size > 1:
+            told = [problem]
+            torch.distributed.broadcast_object_list(told, src=0)
+            problem = told[0] or problem
         if problem:
             raise CheckpointError(problem)
 
