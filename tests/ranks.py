@@ -17,6 +17,14 @@ OPTIONS = {
 }
 
 
+def compile_nothing() -> None:
+    """For workers: DeepSpeed does without its all-reduce in shared memory, for which two compilers run most of a minute on a machine
+    that is new to it."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def run_on_two(worker: Path, *arguments: str, launcher: str = "deepspeed") -> tuple[list[Any], str]:
     """What the ranks printed after RESULT, as JSON, and all that was printed, to show when that is not enough."""
     scripts = Path(sys.executable).parent

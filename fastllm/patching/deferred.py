@@ -210,6 +210,9 @@ class DeferredLogits(Deferred):
             return self.tensor().tanh()
         return self._then(torch.tanh, self.scale, 1.0, self.dtype)
 
+    def contiguous(self) -> DeferredLogits:
+        return self  # products are
+
     def float(self) -> DeferredLogits:
         return self.to(torch.float32)
 

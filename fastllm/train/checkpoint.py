@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -16,6 +17,8 @@ from fastllm.errors import CheckpointError
 
 NAME = "checkpoint-"
 _ASIDE = ".saving-"  # what a crash leaves behind begins so
+_REPLACED = ".replaced-"  # and so what was whole and about to be replaced
+_LEFT = "left-"  # a checkpoint of a course that was left for an earlier one
 _SPARE = 1.05  # a save may need so much more than was counted
 _NEARLY_FULL = 0.85
 STATE = "trainer_state.json"
@@ -42,6 +45,7 @@ def find(path: str | os.PathLike[str]) -> Path:
         raise CheckpointError(f"there is no checkpoint or run {folder}")
     if (folder / STATE).is_file():
         return folder
+    recover(folder)
     if not (found := complete(folder)):
         raise CheckpointError(f"{folder} holds no complete checkpoint")
     return found[-1]
@@ -87,7 +91,7 @@ def written_whole(folder: Path, *, writes: bool, together: Any = None) -> Iterat
         _wait(together)
         if writes:
             _flush(aside)
-            old = folder.with_name(f"{_ASIDE}old-{folder.name}")
+            old = folder.with_name(f"{_REPLACED}{folder.name}")
             shutil.rmtree(old, ignore_errors=True)
             if folder.exists():
                 os.rename(folder, old)
@@ -107,10 +111,31 @@ def written_whole(folder: Path, *, writes: bool, together: Any = None) -> Iterat
     _wait(together)
 
 
+def recover(run: Path) -> None:
+    """Gives back its name to a folder that a kill has caught between being put aside and being replaced."""
+    for path in run.glob(f"{_REPLACED}*"):
+        home = path.with_name(path.name.removeprefix(_REPLACED))
+        with contextlib.suppress(OSError):  # another process was faster
+            if not home.exists():
+                os.rename(path, home)
+
+
 def clean(run: Path) -> None:
     """Removes what killed saves have left in a run."""
-    for path in run.glob(f"{_ASIDE}*"):
+    recover(run)
+    for path in (*run.glob(f"{_ASIDE}*"), *run.glob(f"{_REPLACED}*")):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def leave(run: Path, step: int) -> list[Path]:
+    """Puts aside the checkpoints after `step`, from which a run goes on: they are of a course that is left, and no longer the
+    newest. Returns where they are now."""
+    left = []
+    for path in complete(run):
+        if _step(path) > step:
+            names = (path.with_name(f"{_LEFT}{path.name}{again}") for again in ("", *(f"-{n}" for n in range(1, 1000))))
+            left.append(path.rename(next(name for name in names if not name.exists())))
+    return left
 
 
 def rotate(run: Path, keep: int | None, best: Path | None) -> None:
@@ -146,16 +171,57 @@ def check_same_model(checkpoint: Path, model: Any) -> None:
             f"{checkpoint} holds {'an adapter' if adapter else 'a whole model'}, and the configuration asks for "
             f"{'a run without lora' if adapter else 'lora'}"
         )
-    if not found or adapter:
+    if not found:
         return
-    own = {key: tuple(getattr(t, "ds_shape", t.shape)) for key, t in model.state_dict(keep_vars=True).items()}
+    own = _weights(model)
+    kind = "another adapter" if adapter else "another model"
     for key, shape in found.items():
         if key not in own:
-            raise CheckpointError(f"{checkpoint} is of another model: it has {key}, and {type(model).__name__} has not")
-        if own[key] != shape:
-            raise CheckpointError(
-                f"{checkpoint} is of another model: its {key} is {shape}, the configuration's {own[key]}"
-            )
+            if adapter and "lora_" not in key:  # peft adds embeddings to what it saves
+                continue
+            raise CheckpointError(f"{checkpoint} is of {kind}: it has {key}, and {type(model).__name__} has not")
+        if (mine := tuple(getattr(own[key], "ds_shape", own[key].shape))) != shape:
+            raise CheckpointError(f"{checkpoint} is of {kind}: its {key} is {shape}, the configuration's {mine}")
+    saved = {id(own[key]) for key in found if key in own}  # of tied weights one is saved
+    for key, tensor in own.items():
+        if key not in found and id(tensor) not in saved:
+            raise CheckpointError(f"{checkpoint} is of {kind}: it has no {key}, which {type(model).__name__} has")
+
+
+def _weights(model: Any) -> dict[str, Any]:
+    """A model's own tensors, by the names under which they are saved."""
+    whole = model.state_dict(keep_vars=True)
+    if not hasattr(model, "peft_config"):
+        return whole
+    import peft
+
+    return peft.get_peft_model_state_dict(model, state_dict=whole, save_embedding_layers=False)
+
+
+def check_same_ranks(checkpoint: Path, processes: int, *, sharded: bool) -> None:
+    """Checks that a checkpoint was written by a Trainer as this run has one, in as many processes, under DeepSpeed or without: what
+    lies in it beside the weights is a part for each.
+
+    Raises:
+        CheckpointError: it was not.
+    """
+    if (checkpoint / "course.pt").is_file():
+        raise CheckpointError(f"{checkpoint} is of a stage that samples, and this one does not")
+    parts = len(list(checkpoint.glob("rng_state_*.pth"))) or int((checkpoint / "rng_state.pth").is_file())
+    if not parts:  # weights alone (save_only_model)
+        return
+    if parts != processes:
+        raise CheckpointError(
+            f"{checkpoint} was written by {_processes(parts)}, and this run has {_processes(processes)}"
+        )
+    if sharded != (under := any(checkpoint.glob("global_step*"))):
+        raise CheckpointError(
+            f"{checkpoint} was written {'under' if under else 'without'} DeepSpeed, and this run is {'under' if sharded else 'without'} it"
+        )
+
+
+def _processes(count: int) -> str:
+    return "one process" if count == 1 else f"{count} processes"
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -295,9 +295,14 @@ def _check_alone(values: dict[str, Any]) -> None:
     for key in _INSIDE:
         if values.get(key) is not None and stage != key:
             raise ConfigError(f"{key} belongs to stage {key}, not to {stage}")
+    if values.get("label_smoothing_factor") and stage not in ("pretrain", "sft"):
+        hint = "; see dpo.label_smoothing" if stage == "dpo" else ""
+        raise ConfigError(f"label_smoothing_factor belongs to stages pretrain and sft, not to {stage}{hint}")
     if stage in PREFERENCES and values.get("train_on_prompt"):
         raise ConfigError(f"train_on_prompt belongs to conversations; stage {stage} compares answers alone")
     online.check(values)
+    if (values.get("lora") or {}).get("bias", "none") != "none" and stage in ("dpo", "ppo"):
+        raise ConfigError(f"lora.bias must be none in stage {stage}, whose reference is the model without its adapters")
     if (share := values.get("pretrain_share")) is not None and not 0 < share < 1:
         raise ConfigError(f"pretrain_share must lie between 0 and 1, got {share}")
     for key, least in (

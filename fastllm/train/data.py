@@ -21,7 +21,7 @@ from fastllm.train import files
 from fastllm.train.encode import Encoded, Encoder
 from fastllm.train.formats import RowError, recognise
 
-_VERSION = 2  # of what is written; another one makes old files be left alone
+_VERSION = 3  # of what is written; another one makes old files be left alone
 _BATCH_ROWS, _BATCH_CHARACTERS = 1000, 1 << 19  # tokenised together
 _SHOWN = 10  # bad rows that a message names
 WANTED = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,11 +237,15 @@ class Encoder:
             if message["role"] != "assistant":
                 continue
             before = self._template(messages[:n], add_generation_prompt=True)
-            if not whole.startswith(before):
-                before = self._template(messages[:n]) if n else ""  # the last of several turns in a row
+            if not whole.startswith(
+                before
+            ):  # the last of several turns in a row, or asked for with a <think> that is not kept
+                before = self._begun(
+                    whole, before, self._template(messages[:n]) if n else "", message["content"].strip()
+                )
             after = self._template(messages[: n + 1])
             if not whole.startswith(before) or not after.startswith(before):
-                raise ConfigError(_UNSTABLE)
+                raise RowError(_UNSTABLE)
             if whole.startswith(after):
                 spans.append((len(before), len(after)))
                 continue
@@ -252,9 +257,16 @@ class Encoder:
             tail = answer[place + len(content) :]
             end = whole.find(content + tail, len(before)) if place >= 0 else -1
             if end < 0:
-                raise ConfigError(_UNSTABLE)
+                raise RowError(_UNSTABLE)
             spans.append((len(before), end + len(content + tail)))
         return _Rendered(whole, spans)
+
+    @staticmethod
+    def _begun(whole: str, asked: str, before: str, content: str) -> str:
+        """`before`, and of what asks for an answer as much as `whole` has there: the turn's header, and nothing of its content."""
+        shared = os.path.commonprefix((whole, asked))  # noqa: RUF071 - of texts
+        place = whole.find(content, len(before))
+        return max(before, shared if place < 0 else shared[:place], key=len)
 
     def _template(self, messages: list[Message], **more: Any) -> str:
         from jinja2 import TemplateError

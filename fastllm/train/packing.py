@@ -75,6 +75,30 @@ class PackedDataset(torch.utils.data.Dataset):
         return [self.rows[int(row)] for row in self.bins[index]]
 
 
+class Evened(torch.utils.data.Dataset):
+    """A dataset made longer, to a multiple of `size`, by copies of its first item of which nothing is trained on or counted.
+
+    Where processes are to have equally many batches, accelerate completes the last ones with items that were there before, and
+    means over the whole would count those twice.
+    """
+
+    def __init__(self, items: Any, size: int) -> None:
+        self.items, self.size = items, size
+
+    def __len__(self) -> int:
+        return -(-len(self.items) // self.size) * self.size
+
+    def __getitem__(self, index: int) -> Any:
+        if index < len(self.items):
+            return self.items[index]
+        first = self.items[0]
+        return [_blank(row) for row in first[:1]] if isinstance(first, list) else _blank(first)
+
+
+def _blank(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "labels": [IGNORED] * len(row["input_ids"]), "blank": True}
+
+
 def column_of(rows: Any, name: str) -> numpy.ndarray:
     """A column of whole numbers of a datasets.Dataset, without a Python object per row."""
     return numpy.asarray(rows.with_format("numpy").data.column(name)) if hasattr(rows, "data") else rows[name]

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastllm.errors import ConfigError
 from fastllm.rl import PreferenceLoss
 from fastllm.train.callback import ThroughputCallback
+from fastllm.train.packing import IGNORED
 from fastllm.train.trainer import Trainer
 
 
@@ -29,6 +30,7 @@ class PairCollator:
 
     def __call__(self, items: Sequence[Any]) -> dict[str, Tensor]:
         pairs = [pair for one in items for pair in (one if isinstance(one, list) else [one])]
+        pairs = [pair for pair in pairs if "blank" not in pair] or pairs  # see Evened
         rows = [_half(pair, slice(0, pair["chosen"])) for pair in pairs]
         rows += [_half(pair, slice(pair["chosen"], None)) for pair in pairs]
         batch = self.collator(rows)
@@ -103,7 +105,8 @@ class PairTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, stats = self.pair_loss(model, inputs, None)
-        self._in_evaluation.add({"loss": loss, **stats}, pairs_in(inputs))
+        counted = bool((inputs["labels"] != IGNORED).any())
+        self._in_evaluation.add({"loss": loss, **stats}, pairs_in(inputs) if counted else 0)
         return loss.float(), None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

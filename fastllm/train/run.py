@@ -76,6 +76,8 @@ class Run:
         model = models.load_model(options.model, self.tokenizer, data_options.max_length, stage=stage)
         if self.resumed:
             checkpoint.check_same_model(self.resumed, model)
+            if not args.save_on_each_node:  # each node has its own part of it then
+                checkpoint.check_same_ranks(self.resumed, args.world_size, sharded=args.deepspeed is not None)
         sharded = any(hasattr(p, "ds_id") for p in model.parameters())  # ZeRO-3: nothing runs before training begins
         if data_options.packing and not sharded:
             check_rows_stay_apart(model)
@@ -255,6 +257,8 @@ def _checkpoint_to_resume(options: Options) -> Path | None:
         runs = sorted(
             Path(args.output_dir).expanduser().glob(f"{_run_prefix(options)}*"), key=lambda p: p.stat().st_mtime
         )
+        for run in runs:
+            checkpoint.recover(run)
         found = [complete[-1] for run in runs if (complete := checkpoint.complete(run))]
         told = [str(found[-1].resolve()) if found else None]
     if args.world_size > 1:
@@ -303,6 +307,11 @@ def _describe(run: Path, options: Options, sets: dict[str, Data], resumed: Path 
         _warn_of_changes(run, course, resumed)
         about["resumed_from"] = str(resumed)
         step = checkpoint.read_state(resumed)["global_step"]
+        if left := checkpoint.leave(run, step):
+            print(
+                f"going on from {resumed.name}; later checkpoints are now {', '.join(p.name for p in left)}",
+                file=sys.stderr,
+            )
         if (metrics := run / "metrics.jsonl").is_file():
             kept = [line for line in read_metrics(metrics) if line.get("step", 0) <= step]
             checkpoint.write_whole(metrics, "".join(json.dumps(line) + "\n" for line in kept))

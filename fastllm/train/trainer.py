@@ -15,6 +15,7 @@ from transformers.trainer_callback import ExportableState
 from fastllm.errors import CheckpointError, ConfigError
 from fastllm.train import checkpoint
 from fastllm.train.mixing import KINDS, MixedDataset, MixedSampler
+from fastllm.train.packing import Evened
 
 
 class Trainer(transformers.Trainer):
@@ -31,7 +32,7 @@ class Trainer(transformers.Trainer):
     def __init__(self, *args: Any, pretrain_share: float = 0.5, **kwargs: Any) -> None:
         self.pretrain_share = pretrain_share
         self._evaluated = [0.0, 0.0]  # sum of losses, tokens
-        self._apart: dict[str, list[tuple[Tensor, Tensor]]] = {kind: [] for kind in KINDS}
+        self._apart: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}  # of micro batches: sum of losses, tokens
         super().__init__(*args, **kwargs)
         self.add_callback(_SaveTheBest())
 
@@ -43,12 +44,11 @@ class Trainer(transformers.Trainer):
             return batches, items
         if not self.model_accepts_loss_kwargs:
             raise ConfigError(f"stage mixed: the loss of {type(self.model).__name__} takes no num_items_in_batch")
-        counts = torch.stack([sum((b[kind]["labels"][..., 1:] != -100).sum() for b in batches) for kind in KINDS])
-        counts = counts.to(device)
+        count = torch.stack([(b[kind]["labels"][..., 1:] != -100).sum() for b in batches for kind in KINDS]).sum()
+        count = count.to(device)
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
-            counts = self.accelerator.gather(counts[None]).sum(0)
-        self._items = dict(zip(KINDS, counts))
-        return batches, counts.sum()
+            count = self.accelerator.gather(count[None]).sum()
+        return batches, count
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -58,7 +58,8 @@ class Trainer(transformers.Trainer):
         total = None
         for kind in KINDS:
             loss = model(**inputs[kind], num_items_in_batch=num_items_in_batch).loss
-            self._apart[kind].append((loss.detach() * num_items_in_batch, self._items[kind]))
+            tokens = (inputs[kind]["labels"][..., 1:] != -100).sum()
+            self._apart[kind].append(torch.stack([loss.detach() * num_items_in_batch, tokens]))
             total = loss if total is None else total + loss
         if self.args.average_tokens_across_devices:
             total = total * self.accelerator.num_processes
@@ -76,16 +77,14 @@ class Trainer(transformers.Trainer):
     def _losses_apart(self) -> dict[str, float]:
         """The losses of texts and of conversations since the last log, each the mean over its own tokens."""
         found = {}
-        steps = self.args.gradient_accumulation_steps
         for kind, parts in self._apart.items():
             if not parts:
                 continue
-            summed = torch.stack([loss for loss, _ in parts]).sum()
+            summed = torch.stack(parts).sum(0)
             if self.args.world_size > 1:
-                summed = self.accelerator.gather(summed[None]).sum()
-            # Every micro batch knows the tokens of its whole step.
-            tokens = torch.stack([items for _, items in parts]).sum() / steps
-            found[f"loss_{kind}"] = (summed / tokens.clamp_min(1)).item()
+                summed = self.accelerator.gather(summed[None]).sum(0)
+            loss, tokens = summed.tolist()
+            found[f"loss_{kind}"] = loss / max(1, tokens)
             parts.clear()
         return found
 
@@ -101,6 +100,13 @@ class Trainer(transformers.Trainer):
         )
 
     # ---- evaluation ----------------------------------------------------------------------------------------------
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        data = self.eval_dataset[data] if isinstance(data, str) else data  # type: ignore[index,call-overload]
+        if self.args.world_size > 1 and hasattr(data, "__len__"):
+            data = Evened(data, self.args.world_size * self.args.eval_batch_size)
+        return super().get_eval_dataloader(data)
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -133,10 +139,6 @@ class Trainer(transformers.Trainer):
         run = Path(str(self.args.output_dir))
         folder = run / f"{checkpoint.NAME}{self.state.global_step}"
         self._check_space(run)
-        if self.state.best_global_step:
-            best = run / f"{checkpoint.NAME}{self.state.best_global_step}"
-            if best == folder or best.is_dir():
-                self.state.best_model_checkpoint = str(best)
         with checkpoint.written_whole(folder, writes=self.args.should_save, together=self._together) as aside:
             self.save_model(str(aside), _internal_call=True)
             if not self.args.save_only_model:
@@ -150,8 +152,8 @@ class Trainer(transformers.Trainer):
                         states[type(part).__name__] = part.state()  # type: ignore[index,call-overload]
                 self.state.save_to_json(str(aside / checkpoint.STATE))
         if self.args.should_save:
-            kept = self.state.best_model_checkpoint
-            checkpoint.rotate(run, self.args.save_total_limit, Path(kept) if kept else None)
+            best = self.state.best_global_step
+            checkpoint.rotate(run, self.args.save_total_limit, run / f"{checkpoint.NAME}{best}" if best else None)
 
     @property
     def _together(self) -> Any:
@@ -188,6 +190,10 @@ class Trainer(transformers.Trainer):
 
 class _SaveTheBest(transformers.TrainerCallback):
     """A new best perplexity is worth a checkpoint at once."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # Where it is set and one checkpoint is to be kept, transformers deletes all others at the end, the newest too.
+        state.best_model_checkpoint = None
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
         loss = (metrics or {}).get("eval_loss", math.inf)

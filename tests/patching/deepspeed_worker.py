@@ -1,4 +1,4 @@
-"""Run by the deepspeed launcher: trains a tiny Llama unpatched, patched before and patched after deepspeed.initialize.
+"""Run by a launcher: trains a tiny Llama unpatched, patched before and patched after deepspeed.initialize.
 
 Prints one JSON line per rank: {"stage": ..., "losses": {"plain": [...], "before": [...], "after": [...]}, "counts": ...}.
 """
@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastllm
+from tests.ranks import compile_nothing
 
 CONFIG = LlamaConfig(
     vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -48,6 +49,7 @@ def train(stage: int, when: str, start: Path) -> tuple[list[float], dict[str, in
 
 
 if __name__ == "__main__":
+    compile_nothing()
     deepspeed.init_distributed("gloo")
     rank = torch.distributed.get_rank()
     torch.manual_seed(0)

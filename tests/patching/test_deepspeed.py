@@ -11,7 +11,7 @@ pytest.importorskip("deepspeed", reason="the ZeRO claim needs DeepSpeed; the dev
 
 @pytest.mark.slow
 def test_zero_2_and_3_train_alike_patched_before_and_after_initialize():
-    results, said = run_on_two(Path(__file__).parent / "deepspeed_worker.py")
+    results, said = run_on_two(Path(__file__).parent / "deepspeed_worker.py", launcher="torchrun")
     assert {(r["stage"], r["rank"]) for r in results} == {(2, 0), (2, 1), (3, 0), (3, 1)}, said
     for result in results:
         plain = result["losses"]["plain"]

@@ -12,7 +12,7 @@ pytest.importorskip("peft", reason="the claim on adapters needs PEFT; the dev ex
 
 @pytest.mark.slow
 def test_a_partitioned_head_trains_as_by_its_logits_with_and_without_adapters():
-    results, said = run_on_two(Path(__file__).parent / "zero3_worker.py")
+    results, said = run_on_two(Path(__file__).parent / "zero3_worker.py", launcher="torchrun")
     cases = {"token plain", "sequence lora"}
     assert {(r["case"], r["rank"]) for r in results} == {(c, r) for c in cases for r in (0, 1)}, said
     for result in results:

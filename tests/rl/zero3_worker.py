@@ -1,4 +1,4 @@
-"""Run by the deepspeed launcher: trains a policy whose head's weights are partitioned, by logits and by linear_ppo_loss.
+"""Run by a launcher: trains a policy whose head's weights are partitioned, by logits and by linear_ppo_loss.
 
 Prints one line per rank and case: RESULT {"case": ..., "logits": [losses], "linear": [losses]}.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fastllm import rl
+from tests.ranks import compile_nothing
 
 CLASSES, CHANNELS = 61, 32
 
@@ -67,6 +68,7 @@ def train(way: str, level: str, lora: bool) -> list[float]:
 
 
 if __name__ == "__main__":
+    compile_nothing()
     deepspeed.init_distributed("gloo")
     # gradients that are found at once, and in a backward pass of their own
     for level, lora in (("token", False), ("sequence", True)):

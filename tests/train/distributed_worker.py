@@ -14,6 +14,7 @@ import torch
 
 from fastllm.train import config
 from fastllm.train.run import Run
+from tests.ranks import compile_nothing
 from tests.train.halfway import back_to_half_way
 
 
@@ -26,6 +27,7 @@ def train(values: dict) -> tuple[Run, dict[int, float]]:
 
 
 def main() -> None:
+    compile_nothing()
     arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
     values = config.read(arguments[0])
     for number, case in enumerate(map(json.loads, arguments[1:])):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,43 @@ def test_find_takes_a_run_or_a_checkpoint_and_passes_over_torn_ones(tmp_path):
     ):
         with pytest.raises(CheckpointError, match=message):
             checkpoint.find(wrong)
+
+
+def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path):
+    fill(tmp_path / "checkpoint-4", 4)
+    renamed = []
+
+    def killed(*paths, rename=os.rename):
+        if renamed:
+            raise KeyboardInterrupt  # what runs after it is undone below, as a kill would not run it
+        renamed.append(paths)
+        rename(*paths)
+
+    def replace():
+        with checkpoint.written_whole(tmp_path / "checkpoint-4", writes=True) as aside:
+            (aside / checkpoint.STATE).write_text("{}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint.os, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            replace()
+    fill(tmp_path / ".saving-checkpoint-4", 4)
+    assert not (tmp_path / "checkpoint-4").exists(), "the test's own premise: neither has the name"
+    assert checkpoint.find(tmp_path).name == "checkpoint-4"
+    checkpoint.clean(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-4"]
+
+
+def test_checkpoints_after_the_one_a_run_goes_on_from_are_put_aside(tmp_path):
+    for _ in range(2):
+        for step in (2, 4, 6):
+            if not (tmp_path / f"checkpoint-{step}").exists():
+                fill(tmp_path / f"checkpoint-{step}", step)
+        checkpoint.leave(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoint-2", "left-checkpoint-4", "left-checkpoint-4-1", "left-checkpoint-6", "left-checkpoint-6-1",
+    ]  # fmt: skip
+    assert checkpoint.find(tmp_path).name == "checkpoint-2"
 
 
 def test_rotation_keeps_the_last_ones_and_the_best(tmp_path):

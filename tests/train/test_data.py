@@ -105,12 +105,26 @@ def test_a_template_that_shows_only_the_last_reasoning_is_masked_all_the_same(to
     assert trained_text(thinking, row) == "Because.;(thinks)Because.;"
 
 
+def test_the_header_of_a_turn_is_not_trained_on_where_the_prompt_for_it_goes_further(write):
+    """As DeepSeek-R1's template asks for reasoning that it does not keep in a conversation."""
+    from fastllm.train.examples import byte_tokenizer
+
+    asking = byte_tokenizer()
+    asking.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}<A>{{ m.content }}<E>{% else %}<U>{{ m.content }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<A><think>{% endif %}"
+    )
+    turns = [("user", "a"), ("assistant", "<th"), ("user", "b"), ("assistant", "c"), ("assistant", "d")]
+    row = prepared(write("c.jsonl", [{"messages": [{"role": r, "content": c} for r, c in turns]}]), asking).rows[0]
+    assert trained_text(asking, row) == "<th<E>c<E>d<E>"
+
+
 def test_a_template_that_cannot_be_masked_is_an_error(write):
     from fastllm.train.examples import byte_tokenizer
 
     odd = byte_tokenizer()
     odd.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    with pytest.raises(ConfigError, match="renders a conversation differently once more turns follow"):
+    with pytest.raises(DataError, match=r"c.jsonl:1: .*renders a conversation differently once more turns follow"):
         prepared(write("c.jsonl", [{"messages": [Q, A, Q, A]}]), odd)
 
 

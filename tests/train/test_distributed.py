@@ -7,6 +7,8 @@ import pytest
 import torch
 import yaml
 
+from fastllm.train import PaddingCollator, config
+from fastllm.train.run import Run
 from tests.ranks import run_on_two
 
 transformers = pytest.importorskip("transformers")
@@ -31,15 +33,27 @@ def test_zero_stages_and_plain_ranks_train_alike_and_resume_bit_for_bit(folder, 
         assert [r["case"] for r in found] == cases, said
         results += found
     plain = list(results[-1]["whole"].values())
+    # One process with the batch of both has the same losses, whatever the lengths of the rows.
+    alone = Run(config.parse({**settings, "per_device_train_batch_size": 4, "output_dir": str(tmp_path / "alone")}))
+    alone.go()
+    assert plain == pytest.approx(
+        [line["loss"] for line in alone.trainer.state.log_history if "loss" in line], rel=1e-4
+    )
+    assert len(alone.trainer.eval_dataset) % (2 * 8), "the premise: validation does not divide among the processes"
+    rows = PaddingCollator()(list(alone.trainer.eval_dataset.rows))
     for result in results:
         assert result["resumed"] == result["whole"], result["case"]
         assert list(result["whole"].values()) == pytest.approx(plain, rel=1e-4), result["case"]
         run = Path(result["folder"])
         model = transformers.AutoModelForCausalLM.from_pretrained(run / "final")
         assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+        with torch.no_grad():
+            perplexity = model(**rows).loss.exp().item()
         sharded = any(name.startswith("global_step") for name in result["files"])
         assert sharded == bool(result["case"]), result["files"]
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        (validated,) = [line["eval_perplexity"] for line in lines if "eval_perplexity" in line]
+        assert validated == pytest.approx(perplexity, rel=1e-5)
         steps = [line["step"] for line in lines if "tgs" in line]
         assert steps == [1, 2, 3, 4]  # one rank writes
         both = 2 * lines[0]["step_s"]

@@ -398,6 +398,8 @@ def test_flops_are_those_of_both_answers_and_of_the_references_forward_pass(sett
         ({"stage": "rm", "rm": {"center": -1}}, "rm.center must not be negative"),
         ({"stage": "sft", "dpo": {}}, "dpo belongs to stage dpo, not to sft"),
         ({"train_on_prompt": True}, "train_on_prompt belongs to conversations"),
+        ({"label_smoothing_factor": 0.1}, "not to dpo; see dpo.label_smoothing"),
+        ({"stage": "mixed", "pretrain_data": "t", "label_smoothing_factor": 0.1}, "pretrain and sft, not to mixed"),
     ],
 )
 def test_what_is_wrong_is_named(settings, more, message):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from fastllm import cli
+from fastllm import CheckpointError, cli
 from fastllm.train import PaddingCollator, checkpoint, config, data, encode
 from fastllm.train.run import Run
 
@@ -87,15 +87,17 @@ def _batches(run):
 
 def test_the_two_losses_are_those_of_the_rows_alone(settings, texts, tokenizer):
     run, _, log = trained(
-        settings, stage="mixed", pretrain_data=str(texts), pretrain_share=0.5, max_steps=1, gradient_accumulation_steps=2,
-        learning_rate=0.0,
+        settings, stage="mixed", pretrain_data=str(texts), pretrain_share=0.5, max_steps=2, gradient_accumulation_steps=3,
+        learning_rate=0.0, per_device_train_batch_size=16,
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_pretrained(settings["model"])
-    batches = _batches(run)[:2]
-    for kind in ("text", "conversation"):
-        rows = [row for batch in batches for one, row in batch if one == kind]
-        expected = model(**PaddingCollator()(rows)).loss.item()
-        assert log[0][f"loss_{kind}"] == pytest.approx(expected, rel=1e-5)
+    batches = _batches(run)
+    assert len(batches) == 5, "the test's own premise: the epoch ends within a step"
+    for line, step in zip(log, (batches[:3], batches[3:])):
+        for kind in ("text", "conversation"):
+            rows = [row for batch in step for one, row in batch if one == kind]
+            expected = model(**PaddingCollator()(rows)).loss.item()
+            assert line[f"loss_{kind}"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_validation_perplexity_weighs_tokens_and_its_best_checkpoint_is_kept(settings, chats):
@@ -201,6 +203,28 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(settings, texts
         assert torch.equal(tensor, weights[name]), name
 
 
+def test_a_run_that_goes_back_leaves_what_came_after(settings, capsys):
+    run, _, _ = trained(settings, save_steps=2, num_train_epochs=9)
+    back = str(run.folder / "checkpoint-2")
+    trained(settings, save_steps=1, save_total_limit=1, num_train_epochs=9, max_steps=3, resume_from_checkpoint=back)
+    assert [p.name for p in checkpoint.complete(run.folder)] == ["checkpoint-3"]
+    assert (run.folder / "left-checkpoint-6").is_dir()
+    assert "later checkpoints are now left-checkpoint-4, left-checkpoint-6" in capsys.readouterr().err
+
+
+def test_the_newest_checkpoint_stays_beside_the_best_where_one_is_to_be_kept(settings, chats):
+    run, _, _ = trained(
+        settings,
+        eval_data=str(chats),
+        eval_steps=2,
+        save_steps=2,
+        save_total_limit=1,
+        learning_rate=0.0,
+        num_train_epochs=9,
+    )  # nothing is learnt, so that the first is the best
+    assert [p.name for p in checkpoint.complete(run.folder)] == ["checkpoint-2", "checkpoint-6"]
+
+
 def test_latest_finds_the_newest_run_of_this_model_and_stage(settings, capsys):
     run, _, _ = trained(settings)
     again, _, log = trained(settings, resume_from_checkpoint="latest", max_steps=8, learning_rate=1e-3)
@@ -304,6 +328,63 @@ def test_a_checkpoint_of_another_model_is_refused(capsys, tmp_path, settings, to
     code, _, err = command(capsys, tmp_path, settings, resume, "lora={r: 2, target_modules: [q_proj]}")
     assert code == 2
     assert "holds a whole model, and the configuration asks for lora" in err.splitlines()[-1]
+
+
+def test_a_checkpoint_of_a_shallower_model_or_another_adapter_is_refused(settings, tmp_path, tokenizer):
+    from fastllm.train.examples import tiny_config
+
+    run, _, _ = trained(settings, max_steps=1, save_steps=1)
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "max_position_embeddings": 256}
+    transformers.LlamaForCausalLM(tiny_config(**small)).save_pretrained(tmp_path / "deep")
+    tokenizer.save_pretrained(tmp_path / "deep")
+    with pytest.raises(
+        CheckpointError, match=r"another model: it has no model.layers.2.self_attn.q_proj.weight, which"
+    ):
+        trained(settings, model=str(tmp_path / "deep"), resume_from_checkpoint=str(run.folder))
+    pytest.importorskip("peft")
+    lora = {"r": 4, "target_modules": ["q_proj"]}
+    run, _, _ = trained(settings, max_steps=1, save_steps=1, lora=lora)
+    again = {"resume_from_checkpoint": str(run.folder), "max_steps": 2}
+    for wrong, message in (
+        ({"r": 8}, r"another adapter: its .*q_proj.lora_A.weight is \(4, 32\), the configuration's \(8, 32\)"),
+        ({"target_modules": ["v_proj"]}, r"another adapter: it has .*q_proj.lora_A.weight, and"),
+        ({"target_modules": ["q_proj", "v_proj"]}, r"another adapter: it has no .*v_proj.lora_A.weight, which"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            trained(settings, lora={**lora, **wrong}, **again)
+    assert trained(settings, lora=lora, **again)[1].steps == 2
+
+
+def test_a_checkpoint_of_tied_weights_and_of_a_trained_head_is_not(settings, tmp_path, tokenizer):
+    """Of tied weights one is saved; what peft trains besides adapters is saved with them."""
+    from fastllm.train.examples import tiny_config
+
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "max_position_embeddings": 256}
+    transformers.LlamaForCausalLM(tiny_config(**small, tie_word_embeddings=True)).save_pretrained(tmp_path / "tied")
+    tokenizer.save_pretrained(tmp_path / "tied")
+    pytest.importorskip("peft")
+    for lora in (None, {"r": 4, "target_modules": ["q_proj", "lm_head"]}, {"r": 4, "modules_to_save": ["norm"]}):
+        more = {**settings, "model": str(tmp_path / "tied"), "lora": lora, "save_steps": 1}
+        run, _, _ = trained(more, max_steps=1)
+        assert trained(more, max_steps=2, resume_from_checkpoint=str(run.folder))[1].steps == 2
+
+
+def test_a_checkpoint_of_other_processes_is_refused(settings):
+    run, _, _ = trained(settings, max_steps=1, save_steps=1)
+    part = run.folder / "checkpoint-1" / "rng_state.pth"
+    again = {"resume_from_checkpoint": str(run.folder), "max_steps": 2}
+    (sharded := part.with_name("global_step1")).mkdir()
+    with pytest.raises(CheckpointError, match="was written under DeepSpeed, and this run is without it"):
+        trained(settings, **again)
+    sharded.rmdir()
+    for rank in range(2):
+        shutil.copy(part, part.with_name(f"rng_state_{rank}.pth"))
+    part.unlink()
+    with pytest.raises(CheckpointError, match="was written by 2 processes, and this run has one process"):
+        trained(settings, **again)
+    part.with_name("course.pt").touch()
+    with pytest.raises(CheckpointError, match="of a stage that samples"):
+        trained(settings, **again)
 
 
 def test_examples_come_with_the_package():

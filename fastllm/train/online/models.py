@@ -220,13 +220,18 @@ def load(
     if checkpointing is not None:
         actor.gradient_checkpointing_enable(**checkpointing)
     whole = Models(actor, critic, reference, reward, asked.temperature)
-    module: Any
-    for module in whole.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+    _without_dropout(whole)
     return whole
+
+
+def _without_dropout(models: nn.Module) -> None:
+    """Of modules, and of the rates that others keep as numbers: Bloom's hidden_dropout, OPT's dropout and layerdrop, ..."""
+    for module in models.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def is_function(reward: str) -> bool:

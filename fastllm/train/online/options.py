@@ -138,6 +138,8 @@ def check(values: dict[str, Any]) -> None:
     for key in ("packing", "train_on_prompt", "eval_data"):
         if values.get(key):
             raise ConfigError(f"{key} does not belong to stage {stage}, whose data are prompts")
+    if values.get("fp16"):
+        raise ConfigError(f"fp16 does not belong to stage {stage}, which scales no loss: give bf16")
     if values.get("save_strategy") == "epoch":
         raise ConfigError(f"save_strategy: epoch does not belong to stage {stage}; give save_steps")
     kind = values.get("advantage", "gae")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +52,7 @@ def sample(
     )  # fmt: skip
     engine.models.eval()
     parts = []
-    with engine.whole():
+    with engine.whole(), _its_own_settings_aside(actor):
         for begin in range(0, len(asked), chunk):
             ids, attention = padded([one.ids for one in asked[begin : begin + chunk]], pad, engine.device)
             found = actor.generate(
@@ -59,6 +60,21 @@ def sample(
             )
             parts.append((ids, attention, found[:, ids.shape[1] :]))
     return _joined(asked, parts, pad, ends, tokenizer)
+
+
+@contextlib.contextmanager
+def _its_own_settings_aside(actor: Any) -> Iterator[None]:
+    """generate() fills what a configuration leaves open with the model's own settings (min_p, no_repeat_ngram_size, ...): tokens would
+    then come from another distribution than the log-probabilities say."""
+    models = [actor, actor.get_base_model()] if hasattr(actor, "peft_config") else [actor]
+    kept = [model.generation_config for model in models]
+    for model in models:
+        model.generation_config = transformers.GenerationConfig()
+    try:
+        yield
+    finally:
+        for model, settings in zip(models, kept):
+            model.generation_config = settings
 
 
 def ends_of(actor: Any, tokenizer: Any) -> list[int]:

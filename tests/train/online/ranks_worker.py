@@ -15,6 +15,7 @@ import torch
 from fastllm.train import config
 from fastllm.train.online import engines
 from fastllm.train.online.run import Run
+from tests.ranks import compile_nothing
 from tests.train.halfway import back_to_half_way
 
 
@@ -26,6 +27,7 @@ def train(values: dict) -> tuple[Run, list[dict]]:
 
 
 def main() -> None:
+    compile_nothing()
     arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
     values = config.read(arguments[0])
     gathered = []

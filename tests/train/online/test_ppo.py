@@ -56,10 +56,14 @@ def test_critics_learn_alone_while_they_warm_up(settings):
 def test_log_probabilities_are_those_that_tokens_were_sampled_with(settings, temperature, patch):
     run = Run(config.parse({**settings, "temperature": temperature, "patch": patch, "rollout_chunk_size": 5}))
     course = run.course
+    own = {"min_p": 0.9, "no_repeat_ngram_size": 1, "suppress_tokens": list(range(80)), "top_p": 0.1}
+    course.engine.models.actor.generation_config.update(do_sample=True, **own)  # as models come with
     asked = course.prompts.at(0, 12)
     torch.manual_seed(0)
     rollout = sample(course.engine, course.tokenizer, asked, chunk=5, max_new_tokens=8, temperature=temperature)
     found = experience.opinions(course.engine, rollout, 7)
+    assert course.engine.models.actor.generation_config.min_p == 0.9
+    course.engine.models.actor.generation_config = transformers.GenerationConfig(bos_token_id=None)
     torch.manual_seed(0)
     prompt = rollout.ids.shape[1] - 8
     at = 0
@@ -191,6 +195,36 @@ def test_the_kl_coefficient_follows_the_kl(settings):
         error = min(max(line["kl"] / 0.05 - 1, -0.2), 0.2)
         assert after == pytest.approx(before * (1 + error * 16 / 64))
     assert coefficients[1] < coefficients[0] < coefficients[-1]  # first no distance at all, then too much
+
+
+@pytest.mark.parametrize("family", ["bloom", "opt", "gpt2"])
+def test_a_policy_with_dropout_begins_to_learn_as_the_one_that_sampled(settings, family, tmp_path, tokenizer):
+    made = {
+        "bloom": transformers.BloomConfig(
+            vocab_size=259, hidden_size=32, n_layer=1, n_head=2, hidden_dropout=0.5, attention_dropout=0.5
+        ),
+        "opt": transformers.OPTConfig(
+            vocab_size=259, hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=64, dropout=0.5, attention_dropout=0.5, layerdrop=0.5, pad_token_id=258,
+        ),
+        "gpt2": transformers.GPT2Config(
+            vocab_size=259, n_embd=32, n_layer=1, n_head=2, n_positions=64, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5
+        ),
+    }[family]  # fmt: skip
+    path = tmp_path / family
+    transformers.AutoModelForCausalLM.from_config(made).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    more = {
+        "model": str(path),
+        "rollout_batch_size": 8,
+        "ppo_epochs": 1,
+        "max_steps": 1,
+        "save_strategy": "no",
+        "patch": False,
+    }
+    log = trained(settings, **more)[2]
+    assert log[0]["ratio_max"] == pytest.approx(1.0, abs=1e-4)
+    assert log[0]["approx_kl"] == pytest.approx(0.0, abs=1e-4)
 
 
 @pytest.mark.parametrize("more", [{"bf16": True}, {"gradient_checkpointing": True}])
