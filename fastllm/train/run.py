@@ -97,7 +97,7 @@ class Run:
         self.trainer.remove_callback(transformers.PrinterCallback)
         if data_options.packing and sharded:
             self.trainer.add_callback(_CheckPacking())
-        self.throughput = ThroughputCallback(progress=True).put_first(self.trainer)
+        self.throughput = ThroughputCallback(progress=True, profile=args.profile).put_first(self.trainer)
         if self.trainer.is_world_process_zero():
             _describe(self.folder, options, sets, self.resumed)
             print(f"run folder: {self.folder}", file=sys.stderr)

@@ -293,8 +293,21 @@ def _attention_forward(
         if chunked and near:
             seen += (length // near * near**2 + (length % near) ** 2) / 2
         else:
-            seen += near**2 / 2 + (length - near) * near
+            seen += visible_pairs(length, length, reach)
     return 4 * width * seen
+
+
+def visible_pairs(queries: int, keys: int, window: int | None = None, *, causal: bool = True) -> float:
+    """Pairs of a query and a key that it sees, half of the square where queries and keys are the same tokens under a causal mask;
+    the last query stands at the last key."""
+    if not causal:
+        return float(queries * keys)
+
+    def up_to(position: int) -> float:
+        near = min(position, window or position)
+        return near**2 / 2 + (position - near) * near
+
+    return up_to(keys) - up_to(keys - queries)
 
 
 def _config(model: nn.Module) -> Any:
