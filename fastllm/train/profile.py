@@ -158,8 +158,9 @@ def table(profile: trace.Profile, mfu: float | None = None) -> str:
     ]
     lines += [f"  {kind:<14}{share:>7.1%}" for kind, share in profile.shares.items()]
     flops = profile.matmul_flops + profile.attention_flops
-    told = f"{profile.tflops:.4g} TFLOPS by the shapes of {flops / profile.steps:.4g} FLOPs a step"
-    lines.append(told + (f", {mfu:.1%} of the device's peak" if mfu is not None else ""))
+    if flops:  # else no shapes were recorded
+        told = f"{profile.tflops:.4g} TFLOPS by the shapes of {flops / profile.steps:.4g} FLOPs a step"
+        lines.append(told + (f", {mfu:.1%} of the device's peak" if mfu is not None else ""))
     if profile.uncounted:
         lines.append(f"without those of {', '.join(profile.uncounted)}, whose shapes do not tell them")
     lines.append("longest by their own time:")

@@ -193,7 +193,7 @@ _KERNELS = [
     (re.compile(r"triton_(poi|red|per)_"), "element-wise"),  # torch.compile's, named after what they are fused from
     (re.compile(r"nccl|rccl", re.IGNORECASE), "communication"),
     (re.compile(r"attention|attn|fmha|flash", re.IGNORECASE), "attention"),
-    (re.compile(r"gemm|gemv|cutlass|cublas|nvjet|wgmma|xmma|triton_tem|matmul|Cijk_", re.IGNORECASE), "matmul"),
+    (re.compile(r"(?<!fb)gemm|gemv|cutlass|cublas|nvjet|wgmma|xmma|triton_tem|matmul|Cijk_", re.IGNORECASE), "matmul"),
     (re.compile(r"multi_tensor_apply|adam|lamb", re.IGNORECASE), "optimizer"),
 ]
 
