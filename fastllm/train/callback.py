@@ -95,6 +95,9 @@ class ThroughputCallback(TrainerCallback):
             )  # fmt: skip
         self._mark = self._clock.now()
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._between_steps()  # other callbacks have begun as well meanwhile, which takes W&B a second
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._mark is None:
             return

@@ -343,7 +343,10 @@ def _check_loggers(asked: Any) -> None:
         return
     from transformers.integrations import integration_utils as integrations
 
-    there = integrations.get_available_reporting_integrations()
+    try:
+        there = integrations.get_available_reporting_integrations()
+    except Exception as error:  # of a package that is there and does not import
+        raise ConfigError(f"report_to: {' '.join(str(error).split())}") from error
     packages = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "flyte": "flytekit"}  # where the name is another
     for name in asked:
         if name not in integrations.INTEGRATION_TO_CALLBACK:

@@ -83,6 +83,7 @@ class Run:
         _check_batches(training, options)
         self.folder = self.resumed.parent if self.resumed else _new_run(options)
         args.output_dir = str(self.folder)
+        args.run_name = args.run_name or self.folder.name  # in Weights & Biases
         args.disable_tqdm = True  # ThroughputCallback has the progress bar
         kind, more = _trainer(options, model, self.tokenizer)
         self.trainer = kind(

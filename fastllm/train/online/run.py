@@ -101,6 +101,7 @@ class Run:
             checkpoint.check_same_model(self.resumed, whole.actor)
         self.folder = self.resumed.parent if self.resumed else common._new_run(options)
         args.output_dir = str(self.folder)
+        args.run_name = args.run_name or self.folder.name
         engine = engines.make(whole, args, asked.critic_learning_rate, self.steps)
         self.course = Course(
             asked, engine, self.tokenizer, prompts, call, Schedule(args, self.steps), self.micro_batch, args.process_index,
