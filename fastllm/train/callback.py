@@ -114,6 +114,8 @@ class ThroughputCallback(TrainerCallback):
         if self._profiler:
             self._profiler.wait()
         self._mark = self._clock.now()
+        if self._bar:
+            self._bar.move(state.global_step)
         if self._current:
             self._current.end = self._mark
             self._steps.append(self._current)
@@ -121,8 +123,12 @@ class ThroughputCallback(TrainerCallback):
                 self._profiler.stepped(self._current.documents)
                 self._mark = self._clock.now()
             self._current = None
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
         if self._bar:
-            self._bar.move(state.global_step)
+            self._bar.evaluating(eval_dataloader)
+        if self._profiler:
+            self._profiler.pause()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
         self._between_steps()
@@ -372,14 +378,26 @@ class _Bar:
 
         self.bar: Any = None
         if sys.stderr.isatty():
-            self.bar = tqdm(total=steps, initial=done, dynamic_ncols=True, unit="step")
+            # Smoothed, the time left would jump after every evaluation and checkpoint.
+            self.bar = tqdm(total=steps, initial=done, dynamic_ncols=True, unit="step", smoothing=0)
         self.begun, self.first, self.said = time.perf_counter(), done, -math.inf
+        self.evaluated = 0
 
     def move(self, step: int) -> None:
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
 
+    def evaluating(self, batches: Any) -> None:
+        """A batch more of an evaluation, which no step would show for as long."""
+        self.evaluated += 1
+        if self.bar is not None and time.perf_counter() - self.said > 0.5:
+            self.said = time.perf_counter()
+            self.bar.set_postfix_str(
+                f"evaluating {self.evaluated}/{len(batches) if hasattr(batches, '__len__') else '?'}"
+            )
+
     def say(self, state: Any, logs: dict[str, Any]) -> None:
+        self.evaluated = 0
         told = {key: logs[key] for key in _SHOWN if key in logs}
         if not told:
             return

@@ -62,9 +62,10 @@ class StepProfiler:
         self._range: Any = None
         if device.type == "cpu":
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells when it starts; of a GPU it has more to say
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+        self._activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+        self._paused = False
         self._torch: Any = torch.profiler.profile(
-            activities=activities, schedule=self._action, on_trace_ready=self._write, record_shapes=True
+            activities=self._activities, schedule=self._action, on_trace_ready=self._write, record_shapes=True
         )
         self._torch.start()
         self.waiting()
@@ -80,7 +81,16 @@ class StepProfiler:
     def recording(self) -> bool:
         return self._torch is not None and self._skip <= self._done < self._skip + self._record
 
+    def pause(self) -> None:
+        """Until the next `waiting` nothing is recorded: an evaluation may be longer than memory is large."""
+        if self.recording and not self._paused:
+            self._paused = True
+            self._torch.toggle_collection_dynamic(False, self._activities)
+
     def waiting(self) -> None:
+        if self._paused:
+            self._paused = False
+            self._torch.toggle_collection_dynamic(True, self._activities)
         self._mark(trace.DATA)
 
     def working(self) -> None:

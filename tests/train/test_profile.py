@@ -1,5 +1,6 @@
 """`profile: true`: a trace of a few steps and its summary, the third view of utilisation, which agrees with the other two."""
 
+import gzip
 import json
 import time
 
@@ -159,6 +160,23 @@ def test_of_few_steps_the_last_are_recorded(tmp_path, left, steps):
     assert len(told) == 1
 
 
+def test_an_evaluation_between_steps_is_not_recorded(tmp_path):
+    profiler = profile.StepProfiler(tmp_path, torch.device("cpu"), left=2, steps=2, warmup=0, tell=lambda text: None)
+    for _ in range(2):
+        profiler.working()
+        torch.ones(3).mul(2)
+        profiler.stepped()
+        profiler.pause()
+        profiler.pause()
+        torch.ones(3).neg()
+        profiler.waiting()
+    with gzip.open(next(tmp_path.glob("*.gz")), "rt") as file:
+        names = [event["name"] for event in json.load(file)["traceEvents"]]
+    assert names.count("aten::mul") == 2
+    assert "aten::neg" not in names
+    assert profiler.profile.steps == 2
+
+
 def test_training_that_stops_early_leaves_what_was_recorded(tmp_path):
     profiler = profile.StepProfiler(tmp_path, torch.device("cpu"), left=100, first=11, tell=lambda text: None)
     for _ in range(3):
@@ -179,3 +197,27 @@ def test_a_trace_that_cannot_be_written_does_not_stop_training(tmp_path):
     profiler.working()
     profiler.stepped()
     assert told[0].startswith("warning: no profile: ")
+
+
+def test_an_iteration_of_ppo_is_a_step_too(folder, write, tmp_path, capsys):
+    from fastllm.train.online.run import Run as OnlineRun
+
+    settings = {
+        "stage": "ppo", "model": str(folder), "data": str(write("prompts.jsonl", [{"prompt": f"Say {n}"} for n in range(8)])),
+        "reward": "fastllm.train.examples:share_of_digits", "output_dir": str(tmp_path / "runs"), "max_length": 64,
+        "max_new_tokens": 4, "rollout_batch_size": 8, "per_device_train_batch_size": 4, "max_steps": 3, "save_strategy": "no",
+    }  # fmt: skip
+    logs = []
+    for on in (True, False):
+        run = OnlineRun(config.parse({**settings, "profile": on}))
+        run.go()
+        lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+        logs.append([(line["reward"], line["policy_loss"], line["grad_norm"]) for line in lines])
+        assert (run.folder / "profile").exists() == on
+        if on:
+            summary = json.loads((run.folder / "profile" / "rank-0.json").read_text())
+            assert summary["first_step"] == summary["last_step"] == 2
+            assert summary["step_s"] == pytest.approx(lines[1]["step_s"], rel=0.2)
+            assert min(summary["shares"][kind] for kind in ("matmul", "attention", "optimizer")) > 0
+    assert logs[0] == logs[1]
+    assert capsys.readouterr().err.count("profile of step 2,") == 1
