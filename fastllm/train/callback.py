@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from fastllm.train.profile import StepProfiler
-from fastllm.train.throughput import CONVENTIONS, StepFlops, Throughput, forward_flops, peak_flops, step_flops
+from fastllm.train.throughput import CONVENTIONS, StepCost, StepFlops, Throughput, forward_flops, peak_flops
 
 _SHOWN = ("loss", "eval_loss", "eval_perplexity", "reward", "kl", "tgs_real", "samples_per_s", "mfu")
 _PARTS = ("data", "forward_backward", "optimizer")
@@ -66,6 +66,7 @@ class ThroughputCallback(TrainerCallback):
 
     def _reset(self) -> None:
         self._model: Any = None
+        self._cost: Any = None  # of its steps
         self._hook: Any = None
         self._steps: list[_Step] = []  # since the last log
         self._total = _Sum()  # of this process, over all steps but the first
@@ -91,7 +92,7 @@ class ThroughputCallback(TrainerCallback):
         if self.profile:
             self._profiler = StepProfiler(
                 Path(args.output_dir) / "profile", args.device, rank=args.process_index, first=state.global_step + 1,
-                left=state.max_steps - state.global_step, peak=self._peak, tell=self._bar and self._bar.tell,
+                left=state.max_steps - state.global_step, peak=self._peak, tell=self._bar.tell if self._bar else None,
             )  # fmt: skip
         self._mark = self._clock.now()
 
@@ -200,13 +201,15 @@ class ThroughputCallback(TrainerCallback):
         """The steps of this process since the last log, summed; waits for the device once."""
         if self._steps:
             self._clock.wait()
+            if self._cost is None or not self._cost.holds:
+                self._cost = StepCost(self._model, convention=self.convention)
         done = _Sum()
         for step in self._steps:
             lengths = [length for batch in step.batches for length in batch.lengths()]
             backward = step.backward if step.backward is not None else step.end
             points = [step.begun, step.data, backward, step.end]
             parts = [self._clock.between(a, b) for a, b in pairwise(points)]
-            flops = step_flops(self._model, lengths, convention=self.convention)
+            flops = self._cost(lengths)
             besides = sum(
                 forward_flops(model, batch.lengths(), convention=self.convention, adapters=adapters)
                 for model, adapters, batch in step.forwards

@@ -180,7 +180,7 @@ class _Telling:
         if args.profile:
             self.profiler = StepProfiler(
                 run.folder / "profile", run.course.clock.device, rank=args.process_index, first=run.course.step + 1,
-                left=run.steps - run.course.step, steps=1, warmup=1, tell=self.bar and self.bar.tell,
+                left=run.steps - run.course.step, steps=1, warmup=1, tell=self.bar.tell if self.bar else None,
             )  # fmt: skip
 
     def begin(self) -> None:
