@@ -13,6 +13,7 @@ SUITES = {
     "loss": "the losses over a vocabulary, with and without the output head",
     "rl": "advantages and the policy loss beside the loops and compositions of RLHF trainers",
     "train": "a training step of a Llama of 134 M to 6.7 B: unpatched, compiled, patched; TFLOPS, MFU, HFU",
+    "trainer": "fastllm train beside the bare training step: its own overhead; packed beside padded batches",
     "stream": "text without end: perplexity with sinks, a window and without, and what a token costs after 1 k to 200 k tokens",
     "demo": "a small Llama trained on real text, unpatched and patched",
     "extrapolation": "perplexity by position and recall by distance under every RoPE scaling, with and without tuning",

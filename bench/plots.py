@@ -51,7 +51,7 @@ def figures(record: Record) -> dict[str, Figure]:
 
     with matplotlib.rc_context(SETTINGS):
         if isinstance(record, dict):
-            return {"curves": curves(record["runs"])}
+            return {"curves": curves(record["runs"])} if "runs" in record else {}
         if "contestant" in record[0]:
             of_case: dict[bool, list[Row]] = {}
             for row in record:

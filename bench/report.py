@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import evidence, machine, plots, rules
+from bench import evidence, machine, plots, rules, trainer_page
 from bench.__main__ import SUITES
 from bench.arguments import Parser
 from bench.results import Row, Unreadable, by_name, markdown, megabytes, milliseconds, ratio, rows_of, short
@@ -94,7 +94,10 @@ def page(results: Path) -> str:
         parts.append(f"## {_device(files)}")
         for file in files:
             record = _load(file)
-            parts += _demo(file, record) if "runs" in record else _suite(file, record)
+            if isinstance(record, list):
+                parts += _suite(file, record)
+            else:
+                parts += _demo(file, record) if "runs" in record else ["### trainer", trainer_page.page(record)]
     return "\n".join(part.rstrip() + "\n" for part in parts if part)
 
 
@@ -122,8 +125,10 @@ def _files(results: Path) -> list[Path]:
 def _load(file: Path) -> plots.Record:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        if "runs" not in record:
+        if isinstance(record, list):
             rows_of(record)
+        else:
+            record["machine"], record["runs" if file.stem == "demo" else "suite"]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise Unreadable(f"{file} holds no results of a suite ({type(error).__name__}: {error})") from None
     return record
@@ -135,7 +140,7 @@ def _digest(file: Path) -> str:
 
 def _device(files: Sequence[Path]) -> str:
     record = _load(files[0])
-    where = record["machine"] if "runs" in record else record[0]["machine"]
+    where = (record if isinstance(record, dict) else record[0])["machine"]
     return where.get("gpu") or f"{where['cpu']}, {where['cores']} cores"
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from fastllm.train.throughput import CONVENTIONS, StepFlops, Throughput, forward_flops, peak_flops, step_flops
+from fastllm.train.profile import StepProfiler
+from fastllm.train.throughput import CONVENTIONS, StepCost, StepFlops, Throughput, forward_flops, peak_flops
 
 _SHOWN = ("loss", "eval_loss", "eval_perplexity", "reward", "kl", "tgs_real", "samples_per_s", "mfu")
 _PARTS = ("data", "forward_backward", "optimizer")
@@ -40,14 +41,21 @@ class ThroughputCallback(TrainerCallback):
         convention: of the attention's FLOPs, see ``fastllm.train.step_flops``.
         progress: show a progress bar with loss, TGS and time left (to be used without the Trainer's own:
             ``disable_tqdm=True``); where standard error is no terminal, a line every ten seconds.
+        profile: record the third to fifth step with torch.profiler, and say which kinds of work their time went to; trace and
+            summary go to `output_dir`/profile. See ``fastllm.train.profile.StepProfiler``.
     """
 
     def __init__(
-        self, metrics_file: str | os.PathLike[str] | None = None, *, convention: str = "causal", progress: bool = False
+        self,
+        metrics_file: str | os.PathLike[str] | None = None,
+        *,
+        convention: str = "causal",
+        progress: bool = False,
+        profile: bool = False,
     ) -> None:
         if convention not in CONVENTIONS:
             raise ValueError(f"convention must be one of {', '.join(CONVENTIONS)}, got {convention!r}")
-        self.metrics_file, self.convention, self.progress = metrics_file, convention, progress
+        self.metrics_file, self.convention, self.progress, self.profile = metrics_file, convention, progress, profile
         self.average: dict[str, float] = {}
         self._reset()
 
@@ -58,6 +66,7 @@ class ThroughputCallback(TrainerCallback):
 
     def _reset(self) -> None:
         self._model: Any = None
+        self._cost: Any = None  # of its steps
         self._hook: Any = None
         self._steps: list[_Step] = []  # since the last log
         self._total = _Sum()  # of this process, over all steps but the first
@@ -65,6 +74,7 @@ class ThroughputCallback(TrainerCallback):
         self._current: _Step | None = None
         self._mark: Any = None  # the end of what came last
         self._bar: Any = None
+        self._profiler: StepProfiler | None = None
 
     # ---- events --------------------------------------------------------------------------------------------------
 
@@ -79,32 +89,61 @@ class ThroughputCallback(TrainerCallback):
         self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
         if self.progress and state.is_world_process_zero:
             self._bar = _Bar(state.max_steps, state.global_step)
+        if self.profile:
+            self._profiler = StepProfiler(
+                Path(args.output_dir) / "profile", args.device, rank=args.process_index, first=state.global_step + 1,
+                left=state.max_steps - state.global_step, peak=self._peak, tell=self._bar.tell if self._bar else None,
+            )  # fmt: skip
         self._mark = self._clock.now()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._between_steps()  # other callbacks have begun as well meanwhile, which takes W&B a second
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._mark is None:
             return
         self._current = _Step(begun=self._mark)
         self._current.data = self._clock.now()
+        if self._profiler:
+            self._profiler.working()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._current:
             self._current.backward = self._clock.now()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._profiler:
+            self._profiler.wait()
         self._mark = self._clock.now()
+        if self._bar:
+            self._bar.move(state.global_step)
         if self._current:
             self._current.end = self._mark
             self._steps.append(self._current)
+            if self._profiler:
+                self._profiler.stepped(self._current.documents)
+                self._mark = self._clock.now()
             self._current = None
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
         if self._bar:
-            self._bar.move(state.global_step)
+            self._bar.evaluating(eval_dataloader)
+        if self._profiler:
+            self._profiler.pause()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
-        self._mark = self._clock.now() if self._mark is not None else None
+        self._between_steps()
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._mark = self._clock.now() if self._mark is not None else None
+        self._between_steps()
+
+    def _between_steps(self) -> None:
+        """What came since the last step is no part of the next one."""
+        if self._mark is None:
+            return
+        self._mark = self._clock.now()
+        if self._profiler:
+            self._profiler.waiting()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         logs = {} if logs is None else logs
@@ -116,7 +155,7 @@ class ThroughputCallback(TrainerCallback):
             self._write(args, state, logs)
             if self._bar:
                 self._bar.say(state, logs)
-        self._mark = self._clock.now() if self._mark is not None else None
+        self._between_steps()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._drain()
@@ -127,6 +166,9 @@ class ThroughputCallback(TrainerCallback):
         if self._hook:
             self._hook.remove()
             self._hook = None
+        if self._profiler:
+            self._profiler.close()
+            self._profiler = None
         if self._bar:
             self._bar.close()
             self._bar = None
@@ -159,13 +201,15 @@ class ThroughputCallback(TrainerCallback):
         """The steps of this process since the last log, summed; waits for the device once."""
         if self._steps:
             self._clock.wait()
+            if self._cost is None or not self._cost.holds:
+                self._cost = StepCost(self._model, convention=self.convention)
         done = _Sum()
         for step in self._steps:
             lengths = [length for batch in step.batches for length in batch.lengths()]
             backward = step.backward if step.backward is not None else step.end
             points = [step.begun, step.data, backward, step.end]
             parts = [self._clock.between(a, b) for a, b in pairwise(points)]
-            flops = step_flops(self._model, lengths, convention=self.convention)
+            flops = self._cost(lengths)
             besides = sum(
                 forward_flops(model, batch.lengths(), convention=self.convention, adapters=adapters)
                 for model, adapters, batch in step.forwards
@@ -271,6 +315,10 @@ class _Step:
     batches: list[_Batch] = field(default_factory=list)
     forwards: list[tuple[nn.Module, bool, _Batch]] = field(default_factory=list)
 
+    def documents(self) -> list[list[int]]:
+        """The lengths of the rows of each packed batch."""
+        return [batch.lengths() for batch in self.batches if not isinstance(batch.mask, Tensor)]
+
 
 @dataclass
 class _Sum:
@@ -333,14 +381,26 @@ class _Bar:
 
         self.bar: Any = None
         if sys.stderr.isatty():
-            self.bar = tqdm(total=steps, initial=done, dynamic_ncols=True, unit="step")
+            # Smoothed, the time left would jump after every evaluation and checkpoint.
+            self.bar = tqdm(total=steps, initial=done, dynamic_ncols=True, unit="step", smoothing=0)
         self.begun, self.first, self.said = time.perf_counter(), done, -math.inf
+        self.evaluated = 0
 
     def move(self, step: int) -> None:
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
 
+    def evaluating(self, batches: Any) -> None:
+        """A batch more of an evaluation, which no step would show for as long."""
+        self.evaluated += 1
+        if self.bar is not None and time.perf_counter() - self.said > 0.5:
+            self.said = time.perf_counter()
+            self.bar.set_postfix_str(
+                f"evaluating {self.evaluated}/{len(batches) if hasattr(batches, '__len__') else '?'}"
+            )
+
     def say(self, state: Any, logs: dict[str, Any]) -> None:
+        self.evaluated = 0
         told = {key: logs[key] for key in _SHOWN if key in logs}
         if not told:
             return
@@ -355,6 +415,13 @@ class _Bar:
         done = max(1, state.global_step - self.first)
         left = (now - self.begun) / done * (state.max_steps - state.global_step)
         print(f"step {state.global_step}/{state.max_steps} {text} left {_clock(left)}", file=sys.stderr, flush=True)
+
+    def tell(self, text: str) -> None:
+        """Lines above the bar."""
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.bar is not None:

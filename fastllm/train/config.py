@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import importlib.util
 import types
 import typing
 from dataclasses import dataclass, field, fields
@@ -107,6 +108,9 @@ class Arguments(TrainingArguments):
     )
     offload: Literal["none", "optimizer", "all"] = field(
         default="none", metadata={"help": "with zero_stage: what lives in CPU memory; 'all' needs ZeRO-3"}
+    )
+    profile: bool = field(
+        default=False, metadata={"help": "record a few steps with torch.profiler and say where their time goes"}
     )
 
 
@@ -214,6 +218,7 @@ def parse(values: dict[str, Any]) -> Options:
         raise
     except Exception as error:  # TrainingArguments checks its fields in many ways, each with its own type of error
         raise ConfigError(" ".join(str(error).split())) from error
+    _check_loggers(arguments.report_to)
     return Options(model, data, arguments, sampling, checked, **inside)
 
 
@@ -335,6 +340,28 @@ def _check_alone(values: dict[str, Any]) -> None:
         )
     if values.get("eval_strategy", "no") != "no" and not values.get("eval_data"):
         raise ConfigError("eval_strategy needs eval_data, the files to validate on")
+
+
+def _check_loggers(asked: Any) -> None:
+    """That what report_to names is installed; transformers would find out when data and model are loaded."""
+    if not asked:
+        return
+    from transformers.integrations import integration_utils as integrations
+
+    try:
+        there = integrations.get_available_reporting_integrations()
+    except Exception as error:  # of a package that is there and does not import
+        raise ConfigError(f"report_to: {' '.join(str(error).split())}") from error
+    packages = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "flyte": "flytekit"}  # where the name is another
+    for name in asked:
+        if name not in integrations.INTEGRATION_TO_CALLBACK:
+            near = difflib.get_close_matches(name, integrations.INTEGRATION_TO_CALLBACK, n=1, cutoff=0.5)
+            raise ConfigError(f"report_to: unknown {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        package = packages.get(name, name)
+        if name not in there and (name != "flyte" or importlib.util.find_spec(package) is None):
+            raise ConfigError(
+                f"report_to: {name} needs the package {package}, which is not installed: pip install {package}"
+            )
 
 
 def _coerced(key: str, value: Any, hint: Any) -> Any:

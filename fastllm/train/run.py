@@ -85,6 +85,7 @@ class Run:
         _check_batches(training, options)
         self.folder = self.resumed.parent if self.resumed else _new_run(options)
         args.output_dir = str(self.folder)
+        args.run_name = args.run_name or self.folder.name  # in Weights & Biases
         args.disable_tqdm = True  # ThroughputCallback has the progress bar
         kind, more = _trainer(options, model, self.tokenizer)
         self.trainer = kind(
@@ -99,7 +100,7 @@ class Run:
         self.trainer.remove_callback(transformers.PrinterCallback)
         if data_options.packing and sharded:
             self.trainer.add_callback(_CheckPacking())
-        self.throughput = ThroughputCallback(progress=True).put_first(self.trainer)
+        self.throughput = ThroughputCallback(progress=True, profile=args.profile).put_first(self.trainer)
         if self.trainer.is_world_process_zero():
             _describe(self.folder, options, sets, self.resumed)
             print(f"run folder: {self.folder}", file=sys.stderr)

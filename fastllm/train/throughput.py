@@ -8,6 +8,7 @@ Sources: Chowdhery et al., PaLM (arXiv 2204.02311), appendix B; Korthikanti et a
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -126,23 +127,56 @@ def step_flops(model: nn.Module, lengths: Sequence[int], *, convention: str = "c
     Raises:
         ValueError: unknown convention, a negative length, or a model whose config does not tell its attention heads.
     """
-    model = _checked(model, lengths, convention)
-    tokens = sum(lengths)
-    repeated = _checkpointed(model)
-    first = None if repeated.share else _first_trained(model)  # checkpointing has gradients go down to the embedding
-    model_flops = again = 0.0
-    below = first is not None
-    for name, parameter, used in _weights(model):
-        below = below and name != first and not parameter.requires_grad
-        count = 2.0 * used * tokens
-        model_flops += count * (3 if parameter.requires_grad else 1 if below else 2)
-        if name in repeated.parameters:
-            again += count
-    forward = [_attention_forward(*layer, lengths, convention) for layer in _attention_layers(model)]
-    layer = _layer_of(first)  # below it nothing runs backward; below the head, nothing at all
-    untouched = 0 if first is None else len(forward) if layer is None else layer
-    model_flops += 3 * sum(forward) - 2 * sum(forward[:untouched])
-    return StepFlops(model_flops, model_flops + again + sum(forward) * repeated.share)
+    return StepCost(model, convention=convention)(lengths)
+
+
+class StepCost:
+    """``step_flops`` of one model for many steps: the model is walked through once, for as long as `holds`.
+
+    Args, Raises: as ``step_flops``.
+    """
+
+    def __init__(self, model: nn.Module, *, convention: str = "causal") -> None:
+        model = _checked(model, (), convention)
+        self.convention = convention
+        self._parameters = list(model.parameters())
+        self._layers = [m for m in model.modules() if isinstance(getattr(m, "gradient_checkpointing", None), bool)]
+        self._state = self._now()
+        repeated = _checkpointed(model)
+        first = (
+            None if repeated.share else _first_trained(model)
+        )  # checkpointing has gradients go down to the embedding
+        self._share, self._of_token, self._again = repeated.share, 0.0, 0.0
+        below = first is not None
+        for name, parameter, used in _weights(model):
+            below = below and name != first and not parameter.requires_grad
+            self._of_token += 2.0 * used * (3 if parameter.requires_grad else 1 if below else 2)
+            if name in repeated.parameters:
+                self._again += 2.0 * used
+        layers = list(_attention_layers(model))
+        layer = _layer_of(first)  # below it nothing runs backward; below the head, nothing at all
+        untouched = 0 if first is None else len(layers) if layer is None else layer
+        self._attention, self._untouched = Counter(layers), Counter(layers[:untouched])
+
+    def _now(self) -> list[bool]:
+        return [p.requires_grad for p in self._parameters] + [bool(m.gradient_checkpointing) for m in self._layers]
+
+    @property
+    def holds(self) -> bool:
+        """Whether the model trains and checkpoints what it did."""
+        return self._now() == self._state
+
+    def __call__(self, lengths: Sequence[int]) -> StepFlops:
+        if any(length < 0 for length in lengths):
+            raise ValueError(f"lengths must not be negative, got {min(lengths)}")
+        tokens = sum(lengths)
+
+        def forward(layers: Counter[tuple[float, int | None, bool]]) -> float:
+            return sum(count * _attention_forward(*layer, lengths, self.convention) for layer, count in layers.items())
+
+        whole = forward(self._attention)
+        model = self._of_token * tokens + 3 * whole - 2 * forward(self._untouched)
+        return StepFlops(model, model + self._again * tokens + whole * self._share)
 
 
 def forward_flops(
@@ -293,8 +327,21 @@ def _attention_forward(
         if chunked and near:
             seen += (length // near * near**2 + (length % near) ** 2) / 2
         else:
-            seen += near**2 / 2 + (length - near) * near
+            seen += visible_pairs(length, length, reach)
     return 4 * width * seen
+
+
+def visible_pairs(queries: int, keys: int, window: int | None = None, *, causal: bool = True) -> float:
+    """Pairs of a query and a key that it sees, half of the square where queries and keys are the same tokens under a causal mask;
+    the last query stands at the last key."""
+    if not causal:
+        return float(queries * keys)
+
+    def up_to(position: int) -> float:
+        near = min(position, window or position)
+        return near**2 / 2 + (position - near) * near
+
+    return up_to(keys) - up_to(keys - queries)
 
 
 def _config(model: nn.Module) -> Any:

@@ -21,7 +21,7 @@ def test_zero_stages_and_plain_ranks_train_alike_and_resume_bit_for_bit(folder, 
         "stage": "sft", "model": str(folder), "data": str(chats), "eval_data": str(chats), "eval_steps": 4, "max_length": 128,
         "output_dir": str(tmp_path / "runs"), "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
         "gradient_accumulation_steps": 2, "save_steps": 2, "lr_scheduler_type": "linear",
-        "packing": True, "num_train_epochs": 4,
+        "packing": True, "num_train_epochs": 4, "profile": True,
     }  # fmt: skip
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(settings))
@@ -31,6 +31,7 @@ def test_zero_stages_and_plain_ranks_train_alike_and_resume_bit_for_bit(folder, 
         cases = [{"zero_stage": stage} if stage else {} for stage in stages]
         found, said = run_on_two(worker, str(path), *map(json.dumps, cases), launcher=launcher)
         assert [r["case"] for r in found] == cases, said
+        assert said.count("step 4/4 loss") == said.count("profile of steps") == 2 * len(cases), said  # one rank tells
         results += found
     plain = list(results[-1]["whole"].values())
     # One process with the batch of both has the same losses, whatever the lengths of the rows.
@@ -56,6 +57,10 @@ def test_zero_stages_and_plain_ranks_train_alike_and_resume_bit_for_bit(folder, 
         assert validated == pytest.approx(perplexity, rel=1e-5)
         steps = [line["step"] for line in lines if "tgs" in line]
         assert steps == [1, 2, 3, 4]  # one rank writes
+        for rank in (0, 1):
+            profile = json.loads((run / "profile" / f"rank-{rank}.json").read_text())
+            assert profile["shares"]["communication"] > 0, result["case"]
+            assert (run / "profile" / profile["trace"]).is_file()
         both = 2 * lines[0]["step_s"]
         assert lines[0]["samples_per_s"] * both == pytest.approx(round(lines[0]["samples_per_s"] * both), abs=0.01)
         assert 2 * 2 * 2 * 128 * 0.8 < lines[0]["tgs_real"] * both <= 2 * 2 * 2 * 128  # bins of both ranks, nearly full

@@ -6,6 +6,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastllm.train import StepFlops, Throughput, peak_flops, step_flops
+from fastllm.train.throughput import StepCost
 
 transformers = pytest.importorskip("transformers")
 HIDDEN, LAYERS, HEADS, KEYS, INNER, VOCABULARY = 64, 3, 4, 2, 96, 100
@@ -197,3 +198,16 @@ def test_wrappers_and_kinds_of_layers():
     model = llama()
     model.config.layer_types = config.layer_types
     assert step_flops(llama(), [9]).model - step_flops(model, [9]).model == 6 * HEADS * HEAD * 81
+
+
+def test_a_cost_that_is_kept_is_known_to_hold_no_longer_when_the_model_trains_otherwise():
+    model = llama()
+    cost = StepCost(model)
+    assert cost.holds
+    assert cost([16, 7]) == step_flops(model, [16, 7])
+    model.model.layers[0].requires_grad_(False)
+    assert not cost.holds
+    assert StepCost(model)([16, 7]) == step_flops(model, [16, 7]) != cost([16, 7])
+    cost = StepCost(model)
+    model.gradient_checkpointing_enable()
+    assert not cost.holds

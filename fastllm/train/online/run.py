@@ -28,6 +28,7 @@ from fastllm.train.online import models as online_models
 from fastllm.train.online.course import PARTS, Course, Schedule
 from fastllm.train.online.options import settled
 from fastllm.train.online.prompts import Prompts
+from fastllm.train.profile import StepProfiler
 
 ITERATIONS: dict[str, Callable[[Course], dict[str, float]]] = {"ppo": ppo.iterate, "conditional": conditional.iterate}
 
@@ -101,6 +102,7 @@ class Run:
             checkpoint.check_same_model(self.resumed, whole.actor)
         self.folder = self.resumed.parent if self.resumed else common._new_run(options)
         args.output_dir = str(self.folder)
+        args.run_name = args.run_name or self.folder.name
         engine = engines.make(whole, args, asked.critic_learning_rate, self.steps)
         self.course = Course(
             asked, engine, self.tokenizer, prompts, call, Schedule(args, self.steps), self.micro_batch, args.process_index,
@@ -134,6 +136,7 @@ class Run:
         telling = _Telling(self)
         save_every = _every(self.args.save_steps, self.steps) if self.args.save_strategy != "no" else 0
         while course.step < self.steps:
+            telling.begin()
             figures = iterate(course)
             course.step += 1
             course.schedule.step()
@@ -173,10 +176,23 @@ class _Telling:
         self.control = TrainerControl()
         self.handler.on_train_begin(args, self.state, self.control)
         self.bar = _Bar(run.steps, run.course.step) if run.first else None
+        self.profiler: StepProfiler | None = None
+        if args.profile:
+            self.profiler = StepProfiler(
+                run.folder / "profile", run.course.clock.device, rank=args.process_index, first=run.course.step + 1,
+                left=run.steps - run.course.step, steps=1, warmup=1, tell=self.bar.tell if self.bar else None,
+            )  # fmt: skip
+
+    def begin(self) -> None:
+        if self.profiler:
+            self.profiler.waiting()  # so that what was told and saved since is no part of the iteration
+            self.profiler.working()
 
     def iteration(self, figures: dict[str, float]) -> None:
         course, world = self.course, self.course.world
         spent = course.clock.take()
+        if self.profiler:
+            self.profiler.stepped()
         seconds = max(sum(spent.values()), 1e-9)
         samples, tokens = figures.pop("samples"), figures.pop("tokens")
         self.rewards.append(figures["reward"])
@@ -220,5 +236,7 @@ class _Telling:
 
     def end(self) -> None:
         self.handler.on_train_end(self.run.args, self.state, self.control)
+        if self.profiler:
+            self.profiler.close()
         if self.bar:
             self.bar.close()
