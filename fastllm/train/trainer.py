@@ -112,7 +112,7 @@ class Trainer(transformers.Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        data = self.eval_dataset[data] if isinstance(data, str) else data  # type: ignore[index,call-overload]
+        data = self.eval_dataset[data] if isinstance(data, str) else data  # type: ignore[index]
         if self.args.world_size > 1 and hasattr(data, "__len__"):
             data = Evened(data, self.args.world_size * self.args.eval_batch_size)
         return super().get_eval_dataloader(data)
