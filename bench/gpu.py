@@ -57,13 +57,15 @@ def stages(on: str, out: Path, quick: bool) -> list[Stage]:
     # Of the ops' tests those of the backends that are the GPU's; the others need none and were run without one.
     tests = ["tests/ops", "-q", "--maxfail=20", "-p", "no:cacheprovider", "-k", "triton or cuda"]
     return [
-        Stage("build", [*python, "setup.py", "build_ext", "--inplace"], 110, {"FASTLLM_BUILD_CUDA": "1"} if cuda else {}),
-        Stage("tests", [*python, "-m", "pytest", *tests], 120),
-        suite("attention", 100),
-        suite("train", 90, *(["--shape", "1b", "--checkpointing", "both"] if cuda else [])),
-        suite("kernels", 65),
-        suite("loss", 55),
-        Stage("tiles", [*bench, "tiles", "--json", str(out / "tiles.json"), *(["--quick"] if quick else [])], 60),
+        Stage("build", [*python, "setup.py", "build_ext", "--inplace"], 100, {"FASTLLM_BUILD_CUDA": "1"} if cuda else {}),
+        Stage("tests", [*python, "-m", "pytest", *tests], 100),
+        suite("attention", 85),
+        suite("train", 80, *(["--shape", "1b", "--checkpointing", "both"] if cuda else [])),
+        suite("kernels", 50),
+        suite("loss", 45),
+        suite("rl", 40),
+        Stage("stream", [*bench, "stream", "--device", on, "--only", "cost", "--quick"], 40),  # that it works: 200,000 tokens take minutes
+        Stage("tiles", [*bench, "tiles", "--json", str(out / "tiles.json"), *(["--quick"] if quick else [])], 40),
     ]  # fmt: skip
 
 
