@@ -226,7 +226,7 @@ _AUTOGRAD = tuple(
 
 
 # Whether the backward pass under way was told to retain the graph.
-_keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
+_keeps_graph: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 class _Eager(torch.autograd.Function):
@@ -243,7 +243,8 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         rule = ctx.op.backward
-        if ctx.op.backward_once and not (torch.is_grad_enabled() or _keeps_graph()):
+        once = ctx.op.backward_once and not (torch.is_grad_enabled() or _keeps_graph())
+        if once and torch._C._functorch.peek_interpreter_stack() is None:  # not for a batch of gradients
             rule, ctx.wanted = ctx.op.backward_once, ctx.needs_input_grad[2:]
         if ctx.forced is None:
             found = rule(ctx, *grads)

@@ -510,6 +510,16 @@ def test_a_gradient_may_be_changed_in_place_between_two_passes():
         loss.backward()
 
 
+def test_a_batch_of_gradients():
+    given = batch(3, 40, torch.float32)
+    wanted = [given[name].requires_grad_() for name in LEARNT]
+    scales = torch.tensor([1.0, 0.3])
+    batched = torch.autograd.grad(ppo_loss(**given, **COEFS).loss, wanted, scales, is_grads_batched=True)
+    for n, scale in enumerate(scales):
+        for a, b in zip(batched, torch.autograd.grad(ppo_loss(**given, **COEFS).loss, wanted, scale)):
+            torch.testing.assert_close(a[n], b)
+
+
 def test_opcheck_in_place():
     given = batch(3, 40, torch.float32, masked=0.0)
     arguments = (torch.randn(2, 3, 40), given["mask"], torch.tensor(2.0), torch.tensor(0.5), True, 0.1)
