@@ -229,6 +229,11 @@ _AUTOGRAD = tuple(
 _keeps_graph: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
+def _is_batched(grad: torch.Tensor) -> bool:
+    """Whether it is one of torch.vmap, or of is_grads_batched."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad) or torch._C._functorch.is_batchedtensor(grad)
+
+
 class _Eager(torch.autograd.Function):
     """An op's own gradient rule around a direct call of its kernel."""
 
@@ -244,7 +249,7 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         rule = ctx.op.backward
         once = ctx.op.backward_once and not (torch.is_grad_enabled() or _keeps_graph())
-        if once and torch._C._functorch.peek_interpreter_stack() is None:  # not for a batch of gradients
+        if once and not any(isinstance(g, torch.Tensor) and _is_batched(g) for g in grads):
             rule, ctx.wanted = ctx.op.backward_once, ctx.needs_input_grad[2:]
         if ctx.forced is None:
             found = rule(ctx, *grads)
