@@ -13,10 +13,17 @@ KINDS = ("text", "conversation")
 
 
 class MixedDataset(torch.utils.data.Dataset):
-    """Conversations, then texts: item n is (kind, row), or (kind, bin of rows) where they are packed."""
+    """Conversations, then texts: item n is (kind, row), or (kind, bin of rows) where they are packed.
+
+    The epoch that its sampler is in stands here, because on several processes accelerate tells the dataset alone of it where a run is
+    resumed within an epoch.
+    """
 
     def __init__(self, conversations: Any, texts: Any) -> None:
-        self.conversations, self.texts = conversations, texts
+        self.conversations, self.texts, self.epoch = conversations, texts, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.conversations) + len(self.texts)
@@ -44,7 +51,7 @@ class MixedSampler(torch.utils.data.Sampler):
             raise ConfigError(
                 f"stage mixed needs per_device_train_batch_size of 2 or more, a text and a conversation, got {batch_size}"
             )
-        self.data, self.seed, self.epoch = data, seed, 0
+        self.data, self.seed = data, seed
         self.texts = min(batch_size - 1, max(1, round(share * batch_size)))
         self.conversations = batch_size - self.texts
         self.batches = len(data.conversations) // self.conversations // batches_at_once * batches_at_once
@@ -55,15 +62,16 @@ class MixedSampler(torch.utils.data.Sampler):
             )
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self.data.set_epoch(epoch)
 
     def __len__(self) -> int:
         return self.batches * (self.texts + self.conversations)
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        epoch = self.data.epoch
+        generator = torch.Generator().manual_seed(self.seed + epoch)
         conversations = torch.randperm(len(self.data.conversations), generator=generator).tolist()
-        shown = self.epoch * self.batches * self.texts
+        shown = epoch * self.batches * self.texts
         for batch in range(self.batches):
             begin = batch * self.conversations
             yield from conversations[begin : begin + self.conversations]

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from fastllm import CheckpointError, cli
-from fastllm.train import PaddingCollator, checkpoint, config, data, encode
+from fastllm.train import PaddingCollator, checkpoint, config, data, encode, mixing
 from fastllm.train.run import Run
 
 transformers = pytest.importorskip("transformers")
@@ -98,6 +98,29 @@ def test_the_two_losses_are_those_of_the_rows_alone(settings, texts, tokenizer):
             rows = [row for batch in step for one, row in batch if one == kind]
             expected = model(**PaddingCollator()(rows)).loss.item()
             assert line[f"loss_{kind}"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_mixed_batches_of_a_later_epoch_are_the_same_where_a_run_goes_on_within_it(processes):
+    """As transformers skips what was trained on, through what accelerate puts around the sampler on each process."""
+    from accelerate import skip_first_batches
+    from accelerate.data_loader import prepare_data_loader
+
+    def loader():
+        rows = mixing.MixedDataset(list(range(20)), list(range(15)))
+        sampler = mixing.MixedSampler(rows, 2, 0.5, batches_at_once=processes, seed=3)
+        plain = torch.utils.data.DataLoader(rows, batch_size=2, sampler=sampler, collate_fn=list)
+        return prepare_data_loader(plain, num_processes=processes, process_index=processes - 1, put_on_device=False)
+
+    whole = loader()
+    epochs = []
+    for epoch in (0, 1):
+        whole.set_epoch(epoch)
+        epochs.append(list(whole))
+    assert epochs[0] != epochs[1]
+    rest = skip_first_batches(loader(), 3)
+    rest.set_epoch(1)
+    assert list(rest) == epochs[1][3:]
 
 
 def test_validation_perplexity_weighs_tokens_and_its_best_checkpoint_is_kept(settings, chats):
