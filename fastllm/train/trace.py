@@ -67,8 +67,9 @@ def read(path: str | os.PathLike[str], documents: Sequence[Sequence[int]] = (), 
     """The profile of a trace that has steps marked by STEP and DATA.
 
     FLOPs are a multiplication and an addition for each weight and token, padding included, and attention's over the pairs of
-    tokens that its arguments leave visible, half of the square under a causal mask. A backward pass counts twice its forward
-    pass, whatever a kernel repeats in it; what activation checkpointing repeats counts, as it does in `hardware_tflops`.
+    tokens that its arguments leave visible, half of the square where it is causal or has a mask over all tokens. A backward pass
+    counts twice its forward pass, whatever a kernel repeats in it; what activation checkpointing repeats counts, as it does in
+    `hardware_tflops`.
 
     Args:
         path: of a .json or .json.gz.
@@ -376,19 +377,27 @@ def _attention_flops(event: _Event, documents: dict[int, list[Sequence[int]]]) -
     value = {name: text for name, (_, text) in arguments.items()}
     causal = any(value.get(n) == "True" for n in ("causal", "is_causal"))
     window = max((int(value[n]) for n in ("window",) if re.fullmatch(r"\d+", value.get(n, ""))), default=0) or None
+    masked = any(name in arguments and arguments[name][0] for name in ("mask", "attn_mask", "attn_bias"))
     if len(q) == 3:  # packed: (tokens, heads, width)
-        batches = documents.get(q[0]) or [[q[0]]]
-        pairs = sum(visible_pairs(n, n, window, causal=causal) for lengths in batches for n in lengths) / len(batches)
-        heads = q[1]
+        heads, pairs = q[1], _pairs_packed(documents.get(q[0]) or [[q[0]]], window, causal)
     elif len(q) == 4:
         heads, (queries, keys) = q[1], (q[2], k[2])
         if event.name.startswith(("flash_attn", "aten::_flash_attention", "aten::_efficient_attention", "xformers")):
             heads, queries, keys = q[2], q[1], k[1]
-        pairs = q[0] * visible_pairs(queries, keys, window, causal=causal)
+        causal = causal or (masked and queries == keys)  # a mask over all tokens of a step hides what is to come
+        if q[0] == 1 and queries == keys in documents:  # the mask keeps the rows of a packed batch apart
+            pairs = _pairs_packed(documents[keys], window, causal)
+        else:
+            pairs = q[0] * visible_pairs(queries, keys, window, causal=causal)
     else:
         return None
     forward = 2.0 * heads * (q[-1] + v[-1]) * pairs
     return forward * (2 if re.search(r"backward|bwd", event.name) else 1)
+
+
+def _pairs_packed(batches: Sequence[Sequence[int]], window: int | None, causal: bool) -> float:
+    """Of one batch, the mean over those that have as many tokens."""
+    return sum(visible_pairs(n, n, window, causal=causal) for lengths in batches for n in lengths) / len(batches)
 
 
 _QKV = (("q", "query"), ("k", "key", "k_cache"), ("v", "value", "v_cache"))

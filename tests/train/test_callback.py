@@ -25,14 +25,19 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": [-100, -100, *ids[2:]]}
 
 
+class InOrder(transformers.Trainer):
+    def _get_train_sampler(self, train_dataset=None):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
 def trained(llama, folder, callback, *, collator=None, first=False, delay=0.0, **more):
     settings = {
         "max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1,
-        "train_sampling_strategy": "sequential", "report_to": "none", "disable_tqdm": True, "use_cpu": True,
+        "report_to": "none", "disable_tqdm": True, "use_cpu": True,
         "save_strategy": "no", "remove_unused_columns": False, **more,
     }  # fmt: skip
     arguments = transformers.TrainingArguments(output_dir=folder, **settings)
-    trainer = transformers.Trainer(
+    trainer = InOrder(
         model=llama, args=arguments, train_dataset=Rows(delay), data_collator=collator or PaddingCollator(),
         callbacks=None if first else [callback],
     )  # fmt: skip

@@ -121,6 +121,21 @@ def test_flops_by_shapes_are_those_that_are_counted(llama, tmp_path):
     assert found.uncounted == []
 
 
+def test_rows_that_a_mask_keeps_apart_are_counted_apart(tmp_path):
+    lengths, tokens, forward = [20, 12], 32, 4 * 2 * 8  # of a pair
+    q = torch.randn(1, 2, tokens, 8)
+    rows = torch.arange(tokens) >= lengths[0]
+    mask = (rows[:, None] == rows) & torch.ones(tokens, tokens).tril().bool()
+
+    def step():
+        torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask[None, None])
+
+    found = of_steps(tmp_path, step, documents=[lengths])
+    assert found.attention_flops == forward * (20 * 20 + 12 * 12) / 2
+    padded = of_steps(tmp_path, step)
+    assert padded.attention_flops == forward * tokens * tokens / 2
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_the_attention_of_transformers_is_counted_too(llama, tmp_path, implementation):
     llama.set_attn_implementation(implementation)
@@ -217,7 +232,7 @@ def test_an_iteration_of_ppo_is_a_step_too(folder, write, tmp_path, capsys):
         if on:
             summary = json.loads((run.folder / "profile" / "rank-0.json").read_text())
             assert summary["first_step"] == summary["last_step"] == 2
-            assert summary["step_s"] == pytest.approx(lines[1]["step_s"], rel=0.2)
+            assert summary["step_s"] == pytest.approx(lines[1]["step_s"], rel=0.5)
             assert min(summary["shares"][kind] for kind in ("matmul", "attention", "optimizer")) > 0
     assert logs[0] == logs[1]
     assert capsys.readouterr().err.count("profile of step 2,") == 1
