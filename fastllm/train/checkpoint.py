@@ -99,15 +99,16 @@ def written_whole(folder: Path, *, writes: bool, together: Any = None) -> Iterat
             os.rename(aside, folder)
             _flush_folder(folder.parent)
             shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
+    except BaseException as error:
+        free = shutil.disk_usage(folder.parent).free
         if writes:
             shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(
-            f"{folder.name} was not written ({error.strerror or error}); the checkpoints before it are intact"
-        ) from error
-    except BaseException:
-        if writes:
-            shutil.rmtree(aside, ignore_errors=True)
+        # On a full disk torch and safetensors raise errors of their own, torch's without a word of the disk.
+        if isinstance(error, (OSError, RuntimeError)) or type(error).__name__ == "SafetensorError":
+            why = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(
+                f"{folder.name} was not written ({why}; {_bytes(free)} are free); the checkpoints before it are intact"
+            ) from error
         raise
     _wait(together)
 
