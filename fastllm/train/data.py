@@ -73,6 +73,13 @@ class Report:
         more = f"; and {whole.bad - len(self.bad):,} more" if whole.bad > len(self.bad) else ""
         return f"{whole.bad:,} of {whole.bad + whole.read:,} rows cannot be used: {shown}{more}"
 
+    def summed_up(self, max_length: int) -> str:
+        """Rows and tokens in one line, and how many rows were cut."""
+        whole = self.total
+        trained = f", {whole.trained / max(1, whole.tokens):.0%} of them trained on" if whole.trained else ""
+        cut = f"; {whole.cut:,} cut to max_length {max_length}" if whole.cut else ""
+        return f"{whole.rows:,} rows, {whole.tokens:,} tokens{trained}{cut}"
+
     def refused(self, key: str) -> DataError:
         """The error of a reading in which no row may be bad."""
         remedy = " (on_bad_row: skip trains on the others)" if self.total.read else ""

@@ -74,6 +74,7 @@ class Run:
         self.resumed = _checkpoint_to_resume(options)
         with args.main_process_first(local=True, desc="tokenising"):
             sets = _read(options, self.tokenizer)
+        _say_beforehand(options, sets)
         transformers.set_seed(args.seed)  # whatever came before, a model from scratch and its adapters are the same
         stage = data_options.stage
         model = models.load_model(options.model, self.tokenizer, data_options.max_length, stage=stage)
@@ -197,6 +198,23 @@ def _read(options: Options, tokenizer: Any) -> dict[str, Data]:
         for key, sources, kind in asked
         if sources
     }
+
+
+def _say_beforehand(options: Options, sets: dict[str, Data]) -> None:
+    """What the data came to, and keys that have no effect as the run was started."""
+    for key, data in sets.items():
+        models._tell(f"{key}: {data.report.summed_up(options.data.max_length)}")
+    say_left_aside(options.arguments)
+
+
+def say_left_aside(args: Any) -> None:
+    """DeepSpeed's keys, where no launcher has started it."""
+    if args.zero_stage is not None and not args.deepspeed:
+        offload = "" if args.offload == "none" else f" and offload: {args.offload}"
+        models._tell(
+            f"zero_stage: {args.zero_stage}{offload} left aside: one process without DeepSpeed, unless `deepspeed --module "
+            "fastllm.train` starts it"
+        )
 
 
 def _packed(data: Data, options: Options) -> Any:

@@ -274,7 +274,12 @@ def command(capsys, tmp_path, settings, *more):
 
 
 def test_the_command_trains_and_reports(capsys, tmp_path, settings):
-    code, out, err = command(capsys, tmp_path, settings, "max_steps=2")
+    code, out, err = command(
+        capsys, tmp_path, settings, "max_steps=2", "max_length=48", "zero_stage=2", "offload=optimizer"
+    )
+    assert "data: 40 rows, " in err
+    assert " cut to max_length 48" in err
+    assert "zero_stage: 2 and offload: optimizer left aside: one process without DeepSpeed" in err
     assert code == 0
     assert "2 steps, mean training loss" in out
     assert "run folder" in err
