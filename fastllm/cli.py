@@ -31,7 +31,12 @@ class _WronglyCalled(Exception):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 success, 1 it failed, 2 it was called wrongly."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        key, _, value = unknown[0].lstrip("-").partition("=")
+        written = f"; a key of a configuration is written {key.replace('-', '_')}={value or 'VALUE'}"
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{written if arguments.command == 'train' else ''}")
     try:
         code = arguments.run(arguments)
         sys.stdout.flush()
@@ -122,8 +127,9 @@ def _parser() -> _Parser:
     plan.add_argument("--lora", type=int, metavar="R", help="train adapters of this rank on every linear layer")
     plan.add_argument("--optimizer", default="adamw", choices=["adamw", "adamw8bit"], help="default: adamw")
     plan.add_argument(
-        "--precision", default="bf16", choices=["bf16", "fp32", "autocast"],
-        help="bf16 as DeepSpeed has it, with a master copy in fp32 (default); fp32; autocast: fp32 weights, bf16 products",
+        "--precision", default="bf16", choices=["bf16", "fp32", "autocast", "pure-bf16"],
+        help="bf16 as DeepSpeed has it, with a master copy in fp32 (default); fp32; autocast: fp32 weights, bf16 products; pure-bf16: "
+        "weights, gradients and moments in bf16, no copy",
     )  # fmt: skip
     plan.add_argument("--device", metavar="NAME", help="a GPU whose peak is known: A100, H100, H200, B200, MI300X")
     plan.add_argument("--mfu", metavar="SHARE|RUN", help="share of the peak, or a run's folder that has measured it")
@@ -145,7 +151,11 @@ def _parser() -> _Parser:
         help="a YAML file, or an example that comes with fastllm: pretrain, sft, mixed, rm, dpo, ppo, ...",
     )
     train.add_argument(
-        "overrides", metavar="KEY=VALUE", nargs="*", help="put over the file's; rope.method=yarn reaches inside"
+        "overrides",
+        metavar="KEY=VALUE",
+        nargs="*",
+        default=[],
+        help="put over the file's; rope.method=yarn reaches inside",
     )
     train.set_defaults(run=_train)
 

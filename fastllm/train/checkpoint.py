@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,15 +99,16 @@ def written_whole(folder: Path, *, writes: bool, together: Any = None) -> Iterat
             os.rename(aside, folder)
             _flush_folder(folder.parent)
             shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
+    except BaseException as error:
+        free = shutil.disk_usage(folder.parent).free
         if writes:
             shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(
-            f"{folder.name} was not written ({error.strerror or error}); the checkpoints before it are intact"
-        ) from error
-    except BaseException:
-        if writes:
-            shutil.rmtree(aside, ignore_errors=True)
+        # On a full disk torch and safetensors raise errors of their own, torch's without a word of the disk.
+        if isinstance(error, (OSError, RuntimeError)) or type(error).__name__ == "SafetensorError":
+            why = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(
+                f"{folder.name} was not written ({why}; {_bytes(free)} are free); the checkpoints before it are intact"
+            ) from error
         raise
     _wait(together)
 
@@ -150,6 +152,22 @@ def rotate(run: Path, keep: int | None, best: Path | None) -> None:
         shutil.rmtree(gone, ignore_errors=True)
 
 
+def check_same_stage(checkpoint: Path, stage: str) -> None:
+    """Compares the stage that the run of a checkpoint was begun with, where its run.json tells.
+
+    Raises:
+        CheckpointError: it is another.
+    """
+    try:
+        before = json.loads((checkpoint.parent / "run.json").read_text(encoding="utf-8"))["course"]["stage"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if before != stage:
+        raise CheckpointError(
+            f"{checkpoint} is of stage {before}, not {stage}: to begin with its weights, give it as model"
+        )
+
+
 def check_same_model(checkpoint: Path, model: Any) -> None:
     """Compares names and shapes of a checkpoint's weights with a model's.
 
@@ -172,7 +190,7 @@ def check_same_model(checkpoint: Path, model: Any) -> None:
             f"{'a run without lora' if adapter else 'lora'}"
         )
     if not found:
-        return
+        raise CheckpointError(f"{checkpoint} holds no weights")
     own = _weights(model)
     kind = "another adapter" if adapter else "another model"
     for key, shape in found.items():
@@ -222,6 +240,42 @@ def check_same_ranks(checkpoint: Path, processes: int, *, sharded: bool) -> None
 
 def _processes(count: int) -> str:
     return "one process" if count == 1 else f"{count} processes"
+
+
+def check_resumable(checkpoint: Path, *, rank: int, world: int) -> None:
+    """That all is there from which training goes on to the bit: not the weights alone, and nothing torn.
+
+    Raises:
+        CheckpointError: something is not, named.
+    """
+    sharded = any(path.is_dir() for path in checkpoint.glob("global_step*"))  # DeepSpeed's
+    states = [f"rng_state_{rank}.pth" if world > 1 else "rng_state.pth"]
+    if not sharded:
+        states += ["scheduler.pt"] if (checkpoint / "optimizer.bin").is_file() else ["optimizer.pt", "scheduler.pt"]
+    for name in states:
+        path = checkpoint / name
+        if not path.is_file():
+            raise CheckpointError(
+                f"{checkpoint} has no {name}, without which training cannot go on as if it had not stopped: to begin with its weights, "
+                "give it as model"
+            )
+        if not zipfile.is_zipfile(path):  # torch.save writes one, with its table of contents at the end
+            raise CheckpointError(f"{path} cannot be read: it is torn")
+
+
+def load(path: Path, *, only_weights: bool = True) -> Any:
+    """``torch.load`` onto the CPU.
+
+    Raises:
+        CheckpointError: the file is not there or torn.
+    """
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=only_weights)
+    except Exception as error:  # of pickle, zip and torch
+        why = "it is not there" if not path.is_file() else "it is torn" if not zipfile.is_zipfile(path) else str(error)
+        raise CheckpointError(f"{path} cannot be read: {why.splitlines()[0]}") from error
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from fastllm.errors import ConfigError
 from fastllm.train import config
+from fastllm.train.keys import did_you_mean
 from fastllm.train.online import options as online
 from fastllm.train.online.run import Result as OnlineResult
 from fastllm.train.online.run import Run as OnlineRun
@@ -30,6 +32,9 @@ def prepare(name: str, overrides: list[str]) -> Run | OnlineRun:
             "DS_ACCELERATOR", "cpu"
         )  # else DeepSpeed, where transformers finds it, says that it guesses
     example = CONFIGS / f"{name}.yaml"
+    if not Path(name).exists() and not Path(name).suffix and not example.is_file():
+        examples = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+        raise ConfigError(f"{name} is no file and no example{did_you_mean(name, examples)} ({', '.join(examples)})")
     options = config.load(example if not Path(name).exists() and example.is_file() else name, overrides)
     return (OnlineRun if options.data.stage in online.STAGES else Run)(options)
 
@@ -46,7 +51,8 @@ def finish(run: Run | OnlineRun, *, as_json: bool) -> None:
         print(f"{result.told()}\nmodel: {result.final}")
         return
     speed: dict[str, Any] = result.throughput
-    said = [f"{result.steps} steps, mean training loss {result.train_loss:.4f}"]
+    said = [f"{result.steps} steps"]
+    said.append("all made before" if result.train_loss is None else f"mean training loss {result.train_loss:.4f}")
     if result.best_perplexity is not None:
         said.append(f"best validation perplexity {result.best_perplexity:.4f}")
     elif result.best_eval_loss is not None:

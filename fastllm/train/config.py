@@ -7,7 +7,6 @@ flat list with fastllm's own. Names and types are checked here, because parse_di
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
 import importlib.util
 import types
@@ -21,7 +20,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from fastllm.errors import ConfigError
-from fastllm.train import zero
+from fastllm.train import keys, zero
 from fastllm.train.losses import DPOOptions, RewardOptions
 from fastllm.train.online import options as online
 
@@ -103,6 +102,7 @@ class Arguments(TrainingArguments):
     report_to: None | str | list[str] = "none"  # noqa: RUF036
     remove_unused_columns: bool = False
     ddp_find_unused_parameters: bool | None = False
+    logging_nan_inf_filter: bool = False  # it would log 0 where a loss is not a number
     zero_stage: int | None = field(
         default=None, metadata={"help": "0 to 3: DeepSpeed ZeRO, where a launcher started several processes"}
     )
@@ -127,26 +127,6 @@ class Options:
     rm: RewardOptions
 
 
-# Keys that fastllm decides itself, and what to use instead.
-_TAKEN = {
-    "remove_unused_columns": "fastllm's collators take what they need",
-    "do_train": "the stage says what is done",
-    "do_eval": "give eval_data",
-    "do_predict": "the stage says what is done",
-    "use_liger_kernel": "fastllm.patch does this; see `patch`",
-    "load_best_model_at_end": "the best checkpoint is kept beside the last ones",
-    "metric_for_best_model": "the best checkpoint is that of the lowest validation perplexity",
-    "group_by_length": "see `packing`",
-    "local_rank": "the launcher sets it",
-    "push_to_hub": "the run folder's `final` loads with from_pretrained and can be uploaded from there",
-}  # fmt: skip
-# transformers 5.23 renamed these; either name is taken, whichever version is installed.
-_RENAMED = {
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-}
-
-
 def load(path: str | Path, overrides: list[str] | None = None) -> Options:
     """Reads a configuration file and puts `key=value` pairs over it; a dot reaches into a mapping (``rope.method=yarn``).
 
@@ -159,6 +139,18 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Options:
     return parse(values)
 
 
+class _EveryKeyOnce(yaml.SafeLoader):
+    """YAML forbids a key that stands twice in a mapping; PyYAML takes the last one."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for name, _ in node.value:
+            if name.tag != "tag:yaml.org,2002:merge" and name.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{name.value} stands there twice", problem_mark=name.start_mark)
+            seen.add(str(name.value))
+        return super().construct_mapping(node, deep)
+
+
 def read(path: str | Path) -> dict[str, Any]:
     """The keys and values of a YAML file."""
     path = Path(path)
@@ -169,7 +161,7 @@ def read(path: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _EveryKeyOnce)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
@@ -181,12 +173,12 @@ def read(path: str | Path) -> dict[str, Any]:
 
 def parse(values: dict[str, Any]) -> Options:
     """Checks names, types and meaning; the same errors as `load`."""
+    if isinstance(resume := values.get("resume_from_checkpoint"), bool):  # as transformers' own scripts write it
+        values = {**values, "resume_from_checkpoint": "latest" if resume else None}
     types_of = {name: hint for cls in _CLASSES for name, hint in _hints(cls).items()}
     types_of |= {name: hint for name, hint in _old_names(types_of).items() if name not in types_of}
     for key in values:
-        _check_known(key, types_of)
-        if key in _TAKEN:
-            raise ConfigError(f"{key} cannot be set: {_TAKEN[key]}")
+        keys.check(key, types_of)
     missing = [
         f.name for cls in (ModelOptions, DataOptions) for f in fields(cls) if _required(f) and f.name not in values
     ]
@@ -200,7 +192,7 @@ def parse(values: dict[str, Any]) -> Options:
         checked["eval_strategy"] = "steps" if "eval_steps" in checked else "epoch"
     settled = dict(checked)
     known = {f.name for f in fields(Arguments)}
-    for old, new in _RENAMED.items():
+    for old, new in keys.RENAMED.items():
         here, there = (old, new) if new in known else (new, old)
         if here in settled:
             settled.setdefault(there, settled.pop(here))
@@ -236,16 +228,10 @@ def _inside(key: str, values: dict[str, Any]) -> Any:
     cls = _INSIDE[key]
     hints = _hints(cls)
     for name in values:
-        _check_known(name, hints, f"{key}: ")
+        keys.check(name, hints, f"{key}: ")
     found = cls(**{name: _coerced(f"{key}.{name}", value, hints[name]) for name, value in values.items()})
     found.check()
     return found
-
-
-def _check_known(key: str, known: Any, where: str = "") -> None:
-    if key not in known:
-        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-        raise ConfigError(f"{where}unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
 def _hints(cls: type) -> dict[str, Any]:
@@ -254,7 +240,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _old_names(types_of: dict[str, Any]) -> dict[str, Any]:
-    pairs = [*_RENAMED.items(), *((new, old) for old, new in _RENAMED.items())]
+    pairs = [*keys.RENAMED.items(), *((new, old) for old, new in keys.RENAMED.items())]
     return {one: types_of[other] for one, other in pairs if other in types_of}
 
 
@@ -282,15 +268,27 @@ def _override(values: dict[str, Any], pair: str) -> None:
 # ---- values ------------------------------------------------------------------------------------------------------
 
 
+_NEVER = {
+    "logging_steps": "logging_strategy: 'no' leaves metrics out",
+    "eval_steps": "eval_strategy: 'no' leaves validation out",
+    "save_steps": "save_strategy: 'no' leaves checkpoints out",
+}
+_FILES = "a file or folder of .jsonl, .parquet or .txt, or a list of them"
+_WANTED = {
+    "lora": "r and what else peft.LoraConfig takes, or leave it out to train all weights",
+    "patch": "auto, names of ops, or false",
+    "model": "a folder or ORGANISATION/NAME on the Hub",
+    "tokenizer": "a folder or ORGANISATION/NAME on the Hub",
+    "resume_from_checkpoint": "the folder of a run, or latest",
+    **dict.fromkeys(("data", "eval_data", "pretrain_data"), _FILES),
+}
+
+
 def _check_alone(values: dict[str, Any]) -> None:
     """What can be said of the values without a model or data."""
     stage = values["stage"]
     if stage not in STAGES:
-        near = difflib.get_close_matches(stage, STAGES, n=1, cutoff=0.5)
-        raise ConfigError(
-            f"stage must be one of {', '.join(STAGES)}, got {stage!r}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
-        )
+        raise ConfigError(f"stage must be one of {', '.join(STAGES)}, got {stage!r}{keys.did_you_mean(stage, STAGES)}")
     if stage == "mixed" and not values.get("pretrain_data"):
         raise ConfigError("stage mixed needs pretrain_data, the texts that are mixed with the conversations in data")
     if stage != "mixed":
@@ -308,6 +306,10 @@ def _check_alone(values: dict[str, Any]) -> None:
     online.check(values)
     if (values.get("lora") or {}).get("bias", "none") != "none" and stage in ("dpo", "ppo"):
         raise ConfigError(f"lora.bias must be none in stage {stage}, whose reference is the model without its adapters")
+    if stage in online.STAGES:
+        for option in fields(Arguments):
+            if option.name in values and option.name not in online.HEARD and values[option.name] != option.default:
+                raise ConfigError(f"{option.name} has no effect in stage {stage}: leave it out")
     if (share := values.get("pretrain_share")) is not None and not 0 < share < 1:
         raise ConfigError(f"pretrain_share must lie between 0 and 1, got {share}")
     for key, least in (
@@ -316,14 +318,25 @@ def _check_alone(values: dict[str, Any]) -> None:
     ):  # fmt: skip
         if values.get(key) is not None and values[key] < least:
             raise ConfigError(f"{key} must be at least {least}, got {values[key]}")
-    for key in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
+    for key in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "seed", "data_seed"):
         if values.get(key) is not None and not values[key] >= 0:
             raise ConfigError(f"{key} must not be negative, got {values[key]}")
+    for key in ("learning_rate", "weight_decay"):
+        if values.get(key) == float("inf"):
+            raise ConfigError(f"{key} must be finite, got {values[key]}")
+    for key in ("logging_steps", "eval_steps", "save_steps"):
+        if values.get(key) is not None and not values[key] > 0:
+            raise ConfigError(f"{key} must be above 0, got {values[key]}; {_NEVER[key]}")
+    for key in ("lora", "patch", "data", "eval_data", "pretrain_data", "model", "tokenizer", "resume_from_checkpoint"):
+        if values.get(key) in ({}, [], ""):
+            raise ConfigError(f"{key} is empty: give {_WANTED[key]}")
     if not values.get("max_steps", -1) > 0 and not values.get("num_train_epochs", 1.0) > 0:
         raise ConfigError("nothing to train: max_steps or num_train_epochs must be above 0")
     stage = values.get("zero_stage")
     if stage is not None and stage not in (0, 1, 2, 3):
         raise ConfigError(f"zero_stage must be 0, 1, 2 or 3, got {stage}")
+    if isinstance(values.get("deepspeed"), str) and not Path(values["deepspeed"]).is_file():
+        raise ConfigError(f"deepspeed: there is no file {values['deepspeed']}")
     if values.get("deepspeed") is not None and stage is not None:
         raise ConfigError("give either deepspeed (a JSON file) or zero_stage (fastllm writes the JSON), not both")
     if values.get("offload", "none") != "none" and not stage:
@@ -355,8 +368,9 @@ def _check_loggers(asked: Any) -> None:
     packages = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "flyte": "flytekit"}  # where the name is another
     for name in asked:
         if name not in integrations.INTEGRATION_TO_CALLBACK:
-            near = difflib.get_close_matches(name, integrations.INTEGRATION_TO_CALLBACK, n=1, cutoff=0.5)
-            raise ConfigError(f"report_to: unknown {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise ConfigError(
+                f"report_to: unknown {name!r}{keys.did_you_mean(name, integrations.INTEGRATION_TO_CALLBACK)}"
+            )
         package = packages.get(name, name)
         if name not in there and (name != "flyte" or importlib.util.find_spec(package) is None):
             raise ConfigError(
@@ -366,10 +380,19 @@ def _check_loggers(asked: Any) -> None:
 
 def _coerced(key: str, value: Any, hint: Any) -> Any:
     """`value` as its type, or a ConfigError that says which was expected."""
-    for kind in _alternatives(hint):
+    kinds = _alternatives(hint)
+    if any(
+        _members(kind) for kind in kinds
+    ):  # optim: OptimizerNames | str, of which transformers takes the former alone
+        kinds = [kind for kind in kinds if kind is not str]
+    for kind in kinds:
         fitted = _fitted(value, kind)
         if fitted is not _NO:
             return fitted
+    if isinstance(value, str) and (members := [m.value for kind in _alternatives(hint) for m in _members(kind)]):
+        raise ConfigError(
+            f"{key} must be one of {', '.join(members)}, got {_shown(value)}{keys.did_you_mean(value, members)}"
+        )
     wanted = " or ".join(dict.fromkeys(_named(kind) for kind in _alternatives(hint) if kind is not type(None)))
     raise ConfigError(f"{key} must be {wanted}, got {_shown(value)}")
 
@@ -413,6 +436,10 @@ def _fitted(value: Any, kind: Any) -> Any:
         value = "no" if value is False else value  # YAML 1.1 reads no as false
         return value if value in [member.value for member in kind] else _NO
     return value if isinstance(kind, type) and isinstance(value, kind) else _NO
+
+
+def _members(kind: Any) -> list[enum.Enum]:
+    return list(kind) if isinstance(kind, type) and issubclass(kind, enum.Enum) else []
 
 
 def _named(kind: Any) -> str:

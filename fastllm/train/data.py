@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy
 from fastllm.errors import DataError
 from fastllm.train import files
 from fastllm.train.encode import Encoded, Encoder
-from fastllm.train.formats import RowError, recognise
+from fastllm.train.formats import RowError, hint, recognise
 
 _VERSION = 3  # of what is written; another one makes old files be left alone
 _BATCH_ROWS, _BATCH_CHARACTERS = 1000, 1 << 19  # tokenised together
@@ -60,13 +61,29 @@ class Report:
         return whole
 
     def told(self) -> str:
-        """The bad rows, the first ten by file and line, in one line; empty where there are none."""
+        """The bad rows, the first ten by file and line, in one line; empty where there are none. What is wrong with several
+        in a row is said once."""
         whole = self.total
         if not whole.bad:
             return ""
-        shown = "; ".join(f"{file}:{line}: {problem}" for file, line, problem in self.bad)
+        alike = groupby(self.bad, key=lambda bad: (bad[0], bad[2]))
+        shown = "; ".join(
+            f"{file}:{', '.join(str(line) for _, line, _ in rows)}: {problem}" for (file, problem), rows in alike
+        )
         more = f"; and {whole.bad - len(self.bad):,} more" if whole.bad > len(self.bad) else ""
         return f"{whole.bad:,} of {whole.bad + whole.read:,} rows cannot be used: {shown}{more}"
+
+    def summed_up(self, max_length: int) -> str:
+        """Rows and tokens in one line, and how many rows were cut."""
+        whole = self.total
+        trained = f", {whole.trained / max(1, whole.tokens):.0%} of them trained on" if whole.trained else ""
+        cut = f"; {whole.cut:,} cut to max_length {max_length}" if whole.cut else ""
+        return f"{whole.rows:,} rows, {whole.tokens:,} tokens{trained}{cut}"
+
+    def refused(self, key: str) -> DataError:
+        """The error of a reading in which no row may be bad."""
+        remedy = " (on_bad_row: skip trains on the others)" if self.total.read else ""
+        return DataError(f"{key}: {self.told()}{remedy}")
 
 
 @dataclass(frozen=True)
@@ -116,11 +133,12 @@ def prepare(
     report = Report({str(p): Totals(**t) for p, t in zip(paths, told["sources"])}, [tuple(b) for b in told["bad"]])
     if report.told():
         if on_bad_row == "error":
-            raise DataError(f"{key}: {report.told()} (on_bad_row: skip trains on the others)")
+            raise report.refused(key)
         if os.environ.get("RANK", "0") == "0":
             print(f"warning: {key}: {report.told()}", file=sys.stderr)
     if not report.total.rows:
-        raise DataError(f"{key} is empty: {_listed(paths)} hold no row")
+        good = " that can be used" if report.total.bad else ""
+        raise DataError(f"{key} is empty: there is no row{good} in {_listed(paths)}")
     return Data(open_rows(arrow), report, fingerprint)
 
 
@@ -171,7 +189,7 @@ def _write(paths: list[Path], encoder: Encoder, kind: str, on_bad_row: str, arro
                         totals.cut += row.cut
         told = {"sources": [asdict(t) for t in report.sources.values()], "bad": report.bad}
         if report.bad and on_bad_row == "error":
-            raise DataError(f"{key}: {report.told()} (on_bad_row: skip trains on the others)")
+            raise report.refused(key)
         os.replace(fresh, arrow)
         part = note.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps(told))
@@ -210,7 +228,7 @@ def _examples(path: Path, kind: str, report: Report) -> Iterator[tuple[int, Any]
         try:
             example = recognise(row.value)
             if example.kind != kind:
-                raise RowError(f"a {example.kind}, where the stage takes {WANTED[kind]}")
+                raise RowError(f"a {example.kind}, where the stage takes {WANTED[kind]}{hint(row.value)}")
         except RowError as error:
             _note(report, path, row.line, str(error))
             continue

@@ -269,12 +269,14 @@ class Encoder:
         return max(before, shared if place < 0 else shared[:place], key=len)
 
     def _template(self, messages: list[Message], **more: Any) -> str:
-        from jinja2 import TemplateError
+        from jinja2 import TemplateError, TemplateSyntaxError
 
         if not messages and not more:
             return ""
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **more)
+        except TemplateSyntaxError as error:
+            raise ConfigError(f"the chat template is no Jinja: {error.message} (line {error.lineno})") from None
         except TemplateError as error:  # raise_exception() in a template: this conversation is not one it takes
             raise RowError(f"the chat template refuses it: {' '.join(str(error).split())}") from None
         except (ValueError, TypeError, KeyError, IndexError) as error:

@@ -93,10 +93,20 @@ def _jsonl(path: Path) -> Iterator[Row]:
                 place = f" (column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
                 yield Row(number, None, f"not JSON: {getattr(error, 'msg', error)}{place}")
             else:
-                if isinstance(value, dict):
+                if b"\\ud" in line.lower() and not _encodes(value):
+                    yield Row(number, None, "half of a surrogate pair, which is no character")
+                elif isinstance(value, dict):
                     yield Row(number, value)
                 else:
                     yield Row(number, None, f"not a JSON object but {type(value).__name__}")
+
+
+def _encodes(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parquet(path: Path) -> Iterator[Row]:

@@ -91,7 +91,18 @@ def recognise(row: dict[str, Any]) -> Text | Chat | Preference | Prompt:
         return Prompt(_as_messages("prompt", row["prompt"]))
     if "text" in row:
         return Text(_text("text", row["text"]))
-    raise RowError(f"keys {', '.join(map(str, row)) or '(none)'} are of no known format: {KNOWN}")
+    raise RowError(f"keys {', '.join(map(str, row)) or '(none)'} are of no known format: {KNOWN}{hint(row)}")
+
+
+def hint(row: dict[str, Any]) -> str:
+    """The end of a message: how a row of another trainer's format would be written here."""
+    if "conversations" in row:
+        return "; conversations of {from, value} would be messages of {role, content}"
+    asked = next((key for key in ("prompt", "question", "query", "input") if key in row), None)
+    answer = next((key for key in ("completion", "answer", "output", "target") if key in row), None)
+    if asked and answer:
+        return f"; {{{asked}, {answer}}} would be {{prompt, response}}"
+    return ""
 
 
 def _preference(row: dict[str, Any]) -> Preference:

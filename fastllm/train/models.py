@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import transformers
 
 import fastllm
 from fastllm.errors import ConfigError
+from fastllm.train import keys
 from fastllm.train.config import ModelOptions
 
 
@@ -26,10 +28,15 @@ def load_tokenizer(options: ModelOptions) -> Any:
             f"{name} is a configuration without a tokenizer: give tokenizer, a folder or a name on the Hub"
         )
     _exists(name, "tokenizer" if options.tokenizer else "model")
+    if options.tokenizer is None:
+        _holds_a_model(Path(name))
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except Exception as error:  # of many libraries
-        raise ConfigError(f"no tokenizer in {name}: {_first_line(error)}") from error
+        why = _first_line(error)
+        if Path(name).is_dir() and not any(Path(name).glob("*token*")):
+            why = "it holds none of a tokenizer's files; give tokenizer, a folder or a name on the Hub"
+        raise ConfigError(f"no tokenizer in {name}: {why}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
@@ -63,16 +70,19 @@ def load_model(
         config.get_text_config().pad_token_id = tokenizer.pad_token_id  # the score is read at the last other token
     more: dict[str, Any] = {"dtype": getattr(torch, options.dtype)}
     tell = _silent if reference else _tell
-    try:
-        if options.from_scratch:
+    if options.from_scratch:
+        try:
             model = kind.from_config(config, **more)
-        else:
-            model = kind.from_pretrained(options.model, config=config, **more)
-    except Exception as error:
-        hint = "" if options.from_scratch else "; from_scratch: true would begin with random weights"
-        raise ConfigError(f"cannot load {options.model}: {_first_line(error)}{hint}") from error
+        except Exception as error:
+            raise ConfigError(f"cannot build {options.model}: {_first_line(error)}") from error
+    else:
+        hint = "; from_scratch: true would begin with random weights"
+        model = load_whole(kind, options.model, new_head=stage == "rm", hint=hint, config=config, **more)
     if options.rope:
-        extension = fastllm.extend_context(model, **_rope(options.rope))
+        try:
+            extension = fastllm.extend_context(model, **_rope(options.rope))
+        except (ConfigError, ValueError, TypeError) as error:
+            raise ConfigError(f"rope: {_first_line(error)}") from error
         tell(str(extension))
         known: int | None = extension.length  # a config with "dynamic" keeps the length of the training
     else:
@@ -89,6 +99,33 @@ def load_model(
             tell(str(fastllm.patch(model, ops, exclude=("loss",) if stage in ("rm", "dpo", "ppo") else ())))
         except ValueError as error:
             raise ConfigError(f"patch: {error}") from None
+    return model
+
+
+def load_whole(kind: Any, name: str, *, new_head: bool = False, hint: str = "", **more: Any) -> Any:
+    """``kind.from_pretrained`` that puts nothing random in the place of what is not there.
+
+    Args:
+        kind: an Auto class. more: for from_pretrained.
+        new_head: what lies above the base model may be new. hint: what to say besides where nothing can be loaded.
+
+    Raises:
+        ConfigError: nothing that can be loaded, or weights that are not there or have another shape, named by the first.
+    """
+    try:
+        model, found = kind.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **more)
+    except Exception as error:  # of many libraries
+        why = _first_line(error).rstrip(".")
+        raise ConfigError(f"cannot load {name}: {why}{hint}") from error
+    body = f"{model.base_model_prefix}."
+    missing = sorted(key for key in found["missing_keys"] if key.startswith(body) or not new_head)
+    if missing:
+        more_of_them = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ConfigError(
+            f"cannot load {name}: {missing[0]}{more_of_them} of {type(model).__name__} is not in it and would be random"
+        )
+    for key, theirs, ours in sorted(found["mismatched_keys"]):
+        raise ConfigError(f"cannot load {name}: its {key} is {tuple(theirs)}, and the configuration's {tuple(ours)}")
     return model
 
 
@@ -109,12 +146,22 @@ def _config(options: ModelOptions) -> Any:
     path = Path(options.model)
     if path.is_file() and not options.from_scratch:
         raise ConfigError(f"{path} is a configuration without weights: from_scratch: true begins with random ones")
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ConfigError(f"the folder {path} has no config.json")
+    _holds_a_model(path)
     try:
         return transformers.AutoConfig.from_pretrained(options.model)
     except Exception as error:
         raise ConfigError(f"no model configuration in {options.model}: {_first_line(error)}") from error
+
+
+def _holds_a_model(path: Path) -> None:
+    """A folder must have a config.json; what is no folder may be a name on the Hub."""
+    if not path.is_dir() or (path / "config.json").is_file():
+        return
+    if (path / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{path} is an adapter, not a model: export: merged, or peft's merge_and_unload, makes it one"
+        )
+    raise ConfigError(f"the folder {path} has no config.json")
 
 
 def _exists(name: str, key: str) -> None:
@@ -134,6 +181,12 @@ def _with_adapters(model: Any, settings: dict[str, Any], task: str) -> Any:
         import peft
     except ImportError:
         raise ConfigError("lora needs peft: pip install peft") from None
+    known = [f.name for f in dataclasses.fields(peft.LoraConfig)]
+    for key in settings:
+        keys.check(key, known, "lora: ")
+    rank = settings.get("r", 8)
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ConfigError(f"lora: r must be a whole number of at least 1, got {rank!r}")
     try:
         config = peft.LoraConfig(**{"task_type": task, **settings})
         adapted = peft.get_peft_model(model, config)

@@ -100,8 +100,20 @@ def _blank(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def column_of(rows: Any, name: str) -> numpy.ndarray:
-    """A column of whole numbers of a datasets.Dataset, without a Python object per row."""
-    return numpy.asarray(rows.with_format("numpy").data.column(name)) if hasattr(rows, "data") else rows[name]
+    """A column of whole numbers of a datasets.Dataset, without a Python object per row.
+
+    Raises:
+        ValueError: it has none of that name.
+    """
+    if hasattr(rows, "column_names") and name not in rows.column_names:
+        raise ValueError(f"rows must have a column {name!r}, got {', '.join(rows.column_names)}")
+    if not hasattr(rows, "data"):
+        return rows[name]
+    if (
+        getattr(rows, "_indices", None) is not None
+    ):  # after shuffle, select or train_test_split the table is still in its old order
+        return numpy.asarray(rows.with_format("numpy")[name][:])
+    return numpy.asarray(rows.data.column(name))
 
 
 class PaddingCollator:

@@ -18,8 +18,8 @@ from fastllm.errors import ConfigError
 from fastllm.train import simulate
 from fastllm.train.throughput import _first, peak_flops, step_flops
 
-PRECISIONS = ("bf16", "fp32", "autocast")
-OPTIMIZERS = {"adamw": 8, "adamw8bit": 2}  # bytes for each trained parameter, besides a master copy
+PRECISIONS = ("bf16", "fp32", "autocast", "pure-bf16")
+OPTIMIZERS = {"adamw": 8, "adamw8bit": 2}  # bytes of two moments for each trained parameter, besides a master copy
 _KERNELS = ("fused", "sdpa", "eager")  # fastllm's; transformers' own; those that store attention scores
 SPARE = 0.06  # of the memory: the CUDA context, libraries' workspaces, what the allocator cannot use
 LIVE_PARAMETERS = 1_000_000_000  # that ZeRO-3 keeps gathered: stage3_max_live_parameters
@@ -92,8 +92,9 @@ def memory(
         gpus: that share the work, data-parallel.
         gpu_memory: bytes of each; None: nothing is said of what fits.
         seq, batch: tokens of a row, and rows of a micro batch on each GPU. accumulation: micro batches of a step.
-        precision: "bf16" as DeepSpeed has it (weights and gradients 2 bytes, a master copy in fp32), "fp32", or "autocast" (weights
-            in fp32, products in bf16; what ``bf16: true`` is without DeepSpeed).
+        precision: "bf16" as DeepSpeed has it (weights and gradients 2 bytes, a master copy in fp32), "fp32", "autocast" (weights
+            in fp32, products in bf16; what ``bf16: true`` is without DeepSpeed) or "pure-bf16" (all in bf16, the moments too, and
+            no copy in fp32; what ``dtype: bfloat16`` is without DeepSpeed).
         optimizer: "adamw" or "adamw8bit".
         lora: the rank of adapters on every linear layer, or fields of peft.LoraConfig; None: all weights are trained.
         device: a GPU's name whose peak is known, "H100" say; mfu: the share of it that training reaches. Both or neither.
@@ -123,9 +124,7 @@ def memory(
         }
         for kernels in (_KERNELS if compare else [chosen])
     }
-    sizes = _Sizes(
-        parameters, trained, weights, gradients, OPTIMIZERS[optimizer], precision, gpus, accumulation, _hidden(model)
-    )
+    sizes = _Sizes(parameters, trained, weights, gradients, optimizer, precision, gpus, accumulation, _hidden(model))
     limit = None if gpu_memory is None else gpu_memory * (1 - SPARE)
     ways = [(stage, "none") for stage in range(4)] + [(2, "optimizer"), (3, "optimizer"), (3, "all")]
     layouts = [_layout(stage, offload, sizes, timelines[chosen], limit) for stage, offload in ways]
@@ -153,7 +152,7 @@ class _Sizes:
     trained: int
     weights: int
     gradients: int
-    moments: int  # bytes for each trained parameter
+    optimizer: str
     precision: str
     gpus: int
     accumulation: int
@@ -165,9 +164,12 @@ def _layout(
 ) -> Layout:
     shards = sizes.gpus
     weights, gradients = sizes.weights, sizes.gradients
-    optimizer = sizes.moments * sizes.trained
-    if sizes.precision == "bf16" or stage > 0:  # DeepSpeed steps on an fp32 copy, also of fp32 weights
+    optimizer = OPTIMIZERS[sizes.optimizer] * sizes.trained
+    deepspeed = stage > 0 or sizes.precision == "bf16"
+    if deepspeed:  # it steps on an fp32 copy, also of fp32 weights
         optimizer += 4 * sizes.trained
+    elif sizes.precision == "pure-bf16" and sizes.optimizer == "adamw":
+        optimizer //= 2  # moments in the dtype of the weights
     width = sizes.weights // max(1, sizes.parameters)
     buffers = 0
     if stage >= 1:
@@ -178,7 +180,7 @@ def _layout(
     if stage == 3:
         weights = math.ceil(weights / shards)
         buffers += width * min(sizes.parameters, LIVE_PARAMETERS)
-    elif stage == 0 and shards > 1 and sizes.precision != "bf16":
+    elif stage == 0 and shards > 1 and not deepspeed:
         buffers += gradients  # DistributedDataParallel's buckets
     host = 0
     if offload != "none":
@@ -186,8 +188,9 @@ def _layout(
         gradients = 0
     if offload == "all":
         host, weights = host + weights, 0
-    # In the optimizer's step DeepSpeed has the gradients of a shard in fp32 once more, flat.
-    stepping = gradients + (4 * math.ceil(sizes.trained / shards) if stage and offload == "none" else 0)
+    # In the optimizer's step DeepSpeed has the gradients of a shard, without ZeRO all of them, in fp32 once more.
+    stepped = math.ceil(sizes.trained / shards) if stage else sizes.trained
+    stepping = gradients + (4 * stepped if deepspeed and offload == "none" else 0)
     share = 1.0 if stage < 2 else gradients / max(1, sizes.gradients)
     held = stage > 0 or sizes.accumulation > 1
     totals = []
@@ -271,7 +274,7 @@ def _build(
 
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConfigError(f"{type(config).__name__} describes no causal LM")
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if precision.endswith("bf16") else torch.float32
     more = {"attn_implementation": "eager"} if kernels == "eager" else {}
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(simulate.shortened(config, count), dtype=dtype, **more)

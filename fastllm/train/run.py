@@ -7,11 +7,14 @@ import json
 import os
 import platform
 import re
+import shutil
 import socket
 import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,7 @@ from fastllm.train.data import Data, prepare
 from fastllm.train.dpo import DPOTrainer
 from fastllm.train.encode import Encoder, use_template
 from fastllm.train.examples import resolve
-from fastllm.train.mixing import MixedCollator, MixedDataset
+from fastllm.train.mixing import MixedCollator, MixedDataset, MixedSampler
 from fastllm.train.packing import PackedDataset, PackingCollator, PaddingCollator, check_rows_stay_apart
 from fastllm.train.pairs import PairCollator
 from fastllm.train.reward import RewardTrainer, score_head
@@ -45,7 +48,7 @@ class Result:
     run: str
     final: str
     steps: int
-    train_loss: float
+    train_loss: float | None  # of the steps made now; None where a resumed run had made all before
     best_perplexity: float | None  # of stages that learn to continue text
     best_eval_loss: float | None
     throughput: dict[str, float]
@@ -71,6 +74,7 @@ class Run:
         self.resumed = _checkpoint_to_resume(options)
         with args.main_process_first(local=True, desc="tokenising"):
             sets = _read(options, self.tokenizer)
+        _say_beforehand(options, sets)
         transformers.set_seed(args.seed)  # whatever came before, a model from scratch and its adapters are the same
         stage = data_options.stage
         model = models.load_model(options.model, self.tokenizer, data_options.max_length, stage=stage)
@@ -78,29 +82,33 @@ class Run:
             checkpoint.check_same_model(self.resumed, model)
             if not args.save_on_each_node:  # each node has its own part of it then
                 checkpoint.check_same_ranks(self.resumed, args.world_size, sharded=args.deepspeed is not None)
+            checkpoint.check_resumable(self.resumed, rank=args.process_index, world=args.world_size)
         sharded = any(hasattr(p, "ds_id") for p in model.parameters())  # ZeRO-3: nothing runs before training begins
         if data_options.packing and not sharded:
             check_rows_stay_apart(model)
         training = _arranged(sets, options)
         _check_batches(training, options)
+        check_optimizer(args, model)
+        kind, more = _trainer(options, model, self.tokenizer)
         self.folder = self.resumed.parent if self.resumed else _new_run(options)
         args.output_dir = str(self.folder)
         args.run_name = args.run_name or self.folder.name  # in Weights & Biases
         args.disable_tqdm = True  # ThroughputCallback has the progress bar
-        kind, more = _trainer(options, model, self.tokenizer)
-        self.trainer = kind(
-            model=model,
-            args=args,
-            train_dataset=training,
-            eval_dataset=_packed(sets["eval_data"], options) if "eval_data" in sets else None,
-            data_collator=_collator(options, self.tokenizer),
-            processing_class=self.tokenizer,
-            **more,
-        )
+        with gone_if_it_fails(self.folder, new=not self.resumed):
+            self.trainer = kind(
+                model=model,
+                args=args,
+                train_dataset=training,
+                eval_dataset=_packed(sets["eval_data"], options) if "eval_data" in sets else None,
+                data_collator=_collator(options, self.tokenizer),
+                processing_class=self.tokenizer,
+                **more,
+            )
         self.trainer.remove_callback(transformers.PrinterCallback)
         if data_options.packing and sharded:
             self.trainer.add_callback(_CheckPacking())
-        self.throughput = ThroughputCallback(progress=True, profile=args.profile).put_first(self.trainer)
+        bar = not options.values.get("disable_tqdm")
+        self.throughput = ThroughputCallback(progress=bar, profile=args.profile).put_first(self.trainer)
         if self.trainer.is_world_process_zero():
             _describe(self.folder, options, sets, self.resumed)
             print(f"run folder: {self.folder}", file=sys.stderr)
@@ -111,6 +119,10 @@ class Run:
         Raises:
             CheckpointError: no room to save.
         """
+        args = self.options.arguments
+        before = checkpoint.read_state(self.resumed)["global_step"] if self.resumed else 0
+        if 0 < args.max_steps <= before:  # transformers would make one step more
+            args.max_steps, args.num_train_epochs = -1, 0.0
         done = self.trainer.train(resume_from_checkpoint=str(self.resumed) if self.resumed else None)
         final = _export(self.trainer, self.options, self.tokenizer, self.folder)
         best = self.trainer.state.best_metric
@@ -118,7 +130,7 @@ class Run:
             str(self.folder),
             str(final),
             done.global_step,
-            done.training_loss,
+            done.training_loss if done.global_step > before else None,
             None if best is None or self.options.data.stage in PREFERENCES else perplexity(best),
             best,
             self.throughput.average,
@@ -159,8 +171,11 @@ class _CheckPacking(transformers.TrainerCallback):
 def _resolve_examples(options: Options) -> None:
     """Puts paths in the place of names like ``example:questions``."""
     cache = options.data.cache_dir
-    for part, keys in ((options.model, ("model", "tokenizer")), (options.data, ("data", "eval_data", "pretrain_data"))):
-        for key in keys:
+    for part, names in (
+        (options.model, ("model", "tokenizer")),
+        (options.data, ("data", "eval_data", "pretrain_data")),
+    ):
+        for key in names:
             value = getattr(part, key)
             if isinstance(value, str):
                 setattr(part, key, resolve(value, cache))
@@ -185,6 +200,23 @@ def _read(options: Options, tokenizer: Any) -> dict[str, Data]:
     }
 
 
+def _say_beforehand(options: Options, sets: dict[str, Data]) -> None:
+    """What the data came to, and keys that have no effect as the run was started."""
+    for key, data in sets.items():
+        models._tell(f"{key}: {data.report.summed_up(options.data.max_length)}")
+    say_left_aside(options.arguments)
+
+
+def say_left_aside(args: Any) -> None:
+    """DeepSpeed's keys, where no launcher has started it."""
+    if args.zero_stage is not None and not args.deepspeed:
+        offload = "" if args.offload == "none" else f" and offload: {args.offload}"
+        models._tell(
+            f"zero_stage: {args.zero_stage}{offload} left aside: one process without DeepSpeed, unless `deepspeed --module "
+            "fastllm.train` starts it"
+        )
+
+
 def _packed(data: Data, options: Options) -> Any:
     if not options.data.packing:
         return data.rows
@@ -200,16 +232,33 @@ def _arranged(sets: dict[str, Data], options: Options) -> Any:
 
 def _check_batches(training: Any, options: Options) -> None:
     args = options.arguments
-    if options.data.stage == "mixed" and args.per_device_train_batch_size < 2:
-        raise ConfigError(
-            f"stage mixed needs per_device_train_batch_size of 2 or more, a text and a conversation, got "
-            f"{args.per_device_train_batch_size}"
-        )
+    if options.data.stage == "mixed":  # which raises where a batch cannot be filled
+        share = options.data.pretrain_share or 0.5
+        MixedSampler(training, args.per_device_train_batch_size, share, batches_at_once=args.world_size)
     if args.dataloader_drop_last and len(training) < args.per_device_train_batch_size * args.world_size:
         raise ConfigError(
             f"{len(training)} rows do not fill one batch of {args.per_device_train_batch_size} on each of {args.world_size} "
             "processes, and dataloader_drop_last leaves out what does not"
         )
+
+
+def check_optimizer(args: Any, model: Any) -> None:
+    """That the library of the optimizer asked for is there, before anything is written."""
+    try:
+        transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"optim {args.optim.value}: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def gone_if_it_fails(folder: Path, *, new: bool) -> Iterator[None]:
+    """Around what may fail once a run has its folder and before it begins: a new folder does not stay."""
+    try:
+        yield
+    except BaseException:
+        if new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 # ---- the run's folder --------------------------------------------------------------------------------------------
@@ -252,7 +301,9 @@ def _checkpoint_to_resume(options: Options) -> Path | None:
     if wanted is None:
         return None
     if wanted != "latest":
-        return checkpoint.find(wanted).resolve()
+        named = checkpoint.find(wanted).resolve()
+        checkpoint.check_same_stage(named, options.data.stage)
+        return named
     told: list[Any] = [None]
     if args.process_index == 0:
         runs = sorted(
@@ -264,6 +315,10 @@ def _checkpoint_to_resume(options: Options) -> Path | None:
         told = [str(found[-1].resolve()) if found else None]
     if args.world_size > 1:
         torch.distributed.broadcast_object_list(told, src=0)
+    if not told[0]:
+        models._tell(
+            f"no run of this model and stage in {args.output_dir} has a checkpoint to resume: a new run begins"
+        )
     return Path(told[0]) if told[0] else None
 
 
@@ -283,6 +338,7 @@ def _describe(run: Path, options: Options, sets: dict[str, Data], resumed: Path 
         "accumulation": args.gradient_accumulation_steps,
         "processes": args.world_size,
         "seed": [args.seed, args.data_seed],
+        "precision": [options.model.dtype, "bf16" if args.bf16 else "fp16" if args.fp16 else "as it is"],
         "optimizer": str(args.optim),
         "learning_rate": args.learning_rate,
         "schedule": str(args.lr_scheduler_type),

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 from transformers.trainer_callback import ExportableState
 
-from fastllm.errors import CheckpointError, ConfigError
+from fastllm.errors import CheckpointError, ConfigError, FastLLMError
 from fastllm.train import checkpoint
 from fastllm.train.mixing import KINDS, MixedDataset, MixedSampler
 from fastllm.train.packing import Evened
@@ -68,6 +68,9 @@ class Trainer(transformers.Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                step = self.state.global_step
+                raise FastLLMError(f"step {step}: the loss is {logs['loss']}; training stops, earlier checkpoints stay")
             logs |= self._about(logs["loss"])
         super().log(logs, start_time)
 

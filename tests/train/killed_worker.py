@@ -1,9 +1,10 @@
 """Run by test_checkpoint.py: trains and saves at every step in a child process, which it kills at random moments.
 
-    python killed_worker.py CONFIG KILLS SEED
+    python killed_worker.py SEED (CONFIG KILLS)...
 
-Everything slow (imports, data, the model) is done once, before the children are forked; so a kill takes a fraction of a second. After
-each kill, prints a JSON line {"newest": step, "torn": [...], "aside": whether a save was cut short}.
+Everything slow (imports, data, the model) is done once, before the children are forked; so a kill takes a fraction of a second. Every
+second kill waits for a save to begin. After each kill, prints a JSON line {"stage", "newest": step, "torn": [...], "aside": whether a save
+was cut short}.
 """
 
 import json
@@ -20,12 +21,16 @@ import torch
 from safetensors.torch import load_file
 
 from fastllm.train import checkpoint, config
+from fastllm.train.online import state
+from fastllm.train.online.run import Run as OnlineRun
 from fastllm.train.run import Run
 
 torch.set_num_threads(1)
+OFFLINE = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", checkpoint.STATE)
+ONLINE = ("model.safetensors", "trained.pt", "course.pt", "process-0.pt", checkpoint.STATE)
 
 
-def problems(folder: Path) -> list[str]:
+def problems(folder: Path, needed: tuple[str, ...]) -> list[str]:
     """What of a checkpoint does not load."""
     found = []
     for path in folder.iterdir():
@@ -38,35 +43,56 @@ def problems(folder: Path) -> list[str]:
                 json.loads(path.read_text())
         except Exception as error:
             found.append(f"{path}: {error}")
-    needed = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", checkpoint.STATE)
     return found + [f"{folder / name} is missing" for name in needed if not (folder / name).is_file()]
 
 
-def main() -> None:
-    path, kills, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    run = Run(config.load(path))
-    chance = random.Random(seed)
-    for _ in range(kills):
+def train(run: Run | OnlineRun) -> None:
+    newest = checkpoint.complete(run.folder)
+    if isinstance(run, OnlineRun):
+        if newest:
+            state.load(run.course, newest[-1])
+        run.go()
+    else:
+        run.trainer.train(resume_from_checkpoint=str(newest[-1]) if newest else None)
+
+
+def wait_for(child: int, seen) -> None:
+    while not seen():
+        if os.waitpid(child, os.WNOHANG)[0]:
+            sys.exit("the child ended by itself")
+        time.sleep(0.0005)
+
+
+def kill_often(options: config.Options, kills: int, chance: random.Random) -> None:
+    online = options.data.stage in ("ppo", "conditional")
+    run = (OnlineRun if online else Run)(options)
+    for number in range(kills):
         before = {p.name for p in checkpoint.complete(run.folder)}
         child = os.fork()
         if child == 0:
             os.setsid()
-            newest = checkpoint.complete(run.folder)
-            run.trainer.train(resume_from_checkpoint=str(newest[-1]) if newest else None)
-            os._exit(0)
-        # Once it has saved for the first time, it is saving nearly all of the time.
-        while {p.name for p in checkpoint.complete(run.folder)} == before:
-            if os.waitpid(child, os.WNOHANG)[0]:
-                sys.exit("the child ended by itself")
-            time.sleep(0.002)
-        time.sleep(chance.uniform(0, 0.1))
+            try:
+                train(run)
+            finally:
+                os._exit(1)
+        wait_for(child, lambda known=before: {p.name for p in checkpoint.complete(run.folder)} != known)
+        if number % 2:
+            wait_for(child, lambda: any(run.folder.glob(".saving-checkpoint-*")))
+        time.sleep(chance.uniform(0, 0.01 if number % 2 else 0.1))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         complete = checkpoint.complete(run.folder)
-        torn = [problem for folder in complete for problem in problems(folder)]
+        torn = [problem for folder in complete for problem in problems(folder, ONLINE if online else OFFLINE)]
         aside = any(run.folder.glob(".saving-checkpoint-*"))
+        checkpoint.clean(run.folder)  # as a run does when it is resumed
         newest = int(complete[-1].name.removeprefix(checkpoint.NAME))
-        print(json.dumps({"newest": newest, "torn": torn, "aside": aside}), flush=True)
+        print(json.dumps({"stage": options.data.stage, "newest": newest, "torn": torn, "aside": aside}), flush=True)
+
+
+def main() -> None:
+    chance = random.Random(int(sys.argv[1]))
+    for path, kills in zip(sys.argv[2::2], sys.argv[3::2]):
+        kill_often(config.load(path), int(kills), chance)
 
 
 main()

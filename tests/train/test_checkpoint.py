@@ -5,16 +5,18 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 pytest.importorskip("transformers")
 
 from fastllm import CheckpointError, cli
-from fastllm.train import checkpoint, trainer
+from fastllm.train import checkpoint
 
 
 @pytest.fixture
@@ -25,21 +27,31 @@ def settings(folder, chats, tmp_path):
     }  # fmt: skip
 
 
-def test_the_newest_checkpoint_loads_after_every_kill(settings, tmp_path):
-    """Twenty kills at random moments, in and out of saves; each time training goes on from where it was."""
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(settings))
+def test_the_newest_checkpoint_loads_after_every_kill(settings, tmp_path, write):
+    """Twenty kills at random moments, every second one within a save; each time training goes on from where it was."""
+    online = {
+        **{key: value for key, value in settings.items() if key not in ("data", "max_length")},
+        "data": str(write("prompts.jsonl", [{"prompt": f"Say {n}"} for n in range(8)])), "max_length": 64, "max_new_tokens": 2,
+        "reward": "fastllm.train.examples:share_of_digits", "rollout_batch_size": 4,
+    }  # fmt: skip
+    kills = {"sft": 12, "ppo": 5, "conditional": 3}
+    arguments = []
+    for stage, count in kills.items():
+        path = tmp_path / f"{stage}.yaml"
+        path.write_text(yaml.safe_dump((settings if stage == "sft" else online) | {"stage": stage}))
+        arguments += [str(path), str(count)]
     worker = Path(__file__).parent / "killed_worker.py"
-    done = subprocess.run(
-        [sys.executable, str(worker), str(path), "20", "0"], capture_output=True, text=True, timeout=400
-    )
+    done = subprocess.run([sys.executable, str(worker), "0", *arguments], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
-    reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(reports) == 20
-    assert not [problem for report in reports for problem in report["torn"]]
-    steps = [report["newest"] for report in reports]
-    assert steps == sorted(set(steps))
-    assert any(report["aside"] for report in reports), "no kill fell into a save, so nothing was shown"
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    for stage, count in kills.items():
+        reports = [report for report in found if report["stage"] == stage]
+        assert len(reports) == count
+        assert not [problem for report in reports for problem in report["torn"]]
+        steps = [report["newest"] for report in reports]
+        assert steps == sorted(steps)
+        assert steps[-1] > count // 2
+        assert any(report["aside"] for report in reports), "no kill fell into a save, so nothing was shown"
 
 
 # ---- folders -----------------------------------------------------------------------------------------------------
@@ -149,17 +161,26 @@ def test_space_is_checked_before_a_save(tmp_path, monkeypatch, capsys):
         checkpoint.check_space(tmp_path, 590)
 
 
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
 @pytest.mark.parametrize("when", ["counted before", "met while writing"])
-def test_a_full_disk_stops_training_and_leaves_the_earlier_checkpoints(settings, tmp_path, monkeypatch, capsys, when):
+def test_a_full_disk_stops_training_and_leaves_the_earlier_checkpoints(
+    settings, tmp_path, write, monkeypatch, capsys, stage, when
+):
+    if stage == "ppo":
+        prompts = str(write("prompts.jsonl", [{"prompt": f"Say {n}"} for n in range(8)]))
+        settings |= {
+            "stage": "ppo", "data": prompts, "max_new_tokens": 2, "reward": "fastllm.train.examples:share_of_digits",
+            "rollout_batch_size": 4,
+        }  # fmt: skip
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({**settings, "max_steps": 6, "save_steps": 2}))
-    with monkeypatch.context() as disk:
-        fill_up(disk, when, tmp_path)
+    with full_disk(monkeypatch, when, tmp_path):
         code = cli.main(["train", str(path)])
     err = capsys.readouterr().err.splitlines()[-1]
     assert code == 1
     assert err.startswith("fastllm train: error: ")
     assert "intact" in err
+    assert "free" in err
     run = next((tmp_path / "runs").iterdir())
     assert [p.name for p in checkpoint.complete(run)] == ["checkpoint-2", "checkpoint-4"]
     assert not list(run.glob(".saving*"))
@@ -167,8 +188,9 @@ def test_a_full_disk_stops_training_and_leaves_the_earlier_checkpoints(settings,
     assert checkpoint.complete(run)[-1].name == "checkpoint-6"
 
 
-def fill_up(monkeypatch, when, tmp_path):
-    """The third save finds no room: by counting before it begins, or in its middle."""
+@contextmanager
+def full_disk(monkeypatch, when, tmp_path):
+    """The third save finds no room: by counting before it begins, or in its middle, where the system writes no further."""
     if when == "counted before":
         usage = checkpoint.shutil.disk_usage
 
@@ -178,16 +200,41 @@ def fill_up(monkeypatch, when, tmp_path):
                 total=real.total, used=real.used, free=real.free if not _saved(tmp_path, 4) else 1000
             )
 
-        monkeypatch.setattr(checkpoint.shutil, "disk_usage", full)
-    else:
-        rng = trainer.Trainer._save_rng_state
+        with monkeypatch.context() as disk:
+            disk.setattr(checkpoint.shutil, "disk_usage", full)
+            yield
+        return
+    resource = pytest.importorskip("resource", reason="the limit on the size of a file is POSIX's")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    check = checkpoint.check_space
 
-        def fails(self, folder):
-            if self.state.global_step == 6:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            rng(self, folder)
+    def last_check(folder, needed):
+        check(folder, needed)
+        if _saved(tmp_path, 4):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
 
-        monkeypatch.setattr(trainer.Trainer, "_save_rng_state", fails)
+    try:
+        with monkeypatch.context() as disk:
+            disk.setattr(checkpoint, "check_space", last_check)
+            yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_torch_says_of_a_full_disk_becomes_one_sentence(tmp_path):
+    def save_too_much():
+        with checkpoint.written_whole(tmp_path / "checkpoint-1", writes=True) as aside:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+            torch.save({"a": torch.zeros(100, 100)}, aside / "x.pt")  # a RuntimeError of "unexpected pos"
+
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(CheckpointError, match=r"checkpoint-1 was not written \(.* are free\)"):
+            save_too_much()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
 
 
 def _saved(tmp_path, step):

@@ -38,6 +38,11 @@ def test_defaults_are_those_of_a_language_model_run():
     assert config.parse({**BASE, "eval_data": "v.jsonl", "eval_steps": 5}).arguments.eval_strategy == "steps"
 
 
+def test_true_resumes_the_latest_run():
+    assert config.parse({**BASE, "resume_from_checkpoint": True}).arguments.resume_from_checkpoint == "latest"
+    assert config.parse({**BASE, "resume_from_checkpoint": False}).arguments.resume_from_checkpoint is None
+
+
 def test_no_is_a_strategy_and_not_false():
     assert config.parse({**BASE, "save_strategy": False}).arguments.save_strategy == "no"
 
@@ -74,12 +79,32 @@ def test_gradient_checkpointing_has_both_of_its_names():
         ({"zero_stage": 4}, "zero_stage must be 0, 1, 2 or 3, got 4"),
         ({"offload": "optimizer"}, "offload needs zero_stage"),
         ({"offload": "all", "zero_stage": 2}, "offload: all needs zero_stage 3"),
-        ({"zero_stage": 2, "deepspeed": "ds.json"}, "not both"),
+        ({"zero_stage": 2, "deepspeed": {"zero_optimization": {}}}, "not both"),
+        ({"deepspeed": "no.json"}, "deepspeed: there is no file no.json"),
         ({"export": "merged"}, "export belongs to runs with lora"),
         ({"eval_strategy": "steps"}, "eval_strategy needs eval_data"),
         ({"max_steps": 0, "num_train_epochs": 0}, "nothing to train"),
-        ({"optim": "no_such"}, "no_such"),
-        ({"lr_scheduler_type": "no_such"}, "no_such"),
+        ({"optim": "adamw_torchy"}, "got 'adamw_torchy'; did you mean 'adamw_torch'?"),
+        ({"lr_scheduler_type": "cosin"}, "got 'cosin'; did you mean 'cosine'?"),
+        ({"lr": 1}, "unknown key 'lr'; here that is learning_rate"),
+        ({"per_device_batch_size": 1}, "did you mean 'per_device_"),
+        ({"max_seq_length": 1}, "here that is max_length"),
+        ({"sample_packing": True}, "here that is packing"),
+        ({"model_name_or_path": "m"}, "here that is model"),
+        ({"lora-rank": 8}, "here that is lora: {r: 16}"),
+        ({"warmup_ratio": 0.1}, "warmup_"),
+        ({"lora": {}}, "lora is empty: give r"),
+        ({"patch": []}, "patch is empty"),
+        ({"data": []}, "data is empty: give a file"),
+        ({"data": ""}, "data is empty: give a file"),
+        ({"model": ""}, "model is empty"),
+        ({"resume_from_checkpoint": ""}, "resume_from_checkpoint is empty"),
+        ({"learning_rate": float("inf")}, "learning_rate must be finite, got inf"),
+        ({"seed": -1}, "seed must not be negative, got -1"),
+        ({"save_steps": 0}, "save_steps must be above 0, got 0; save_strategy: 'no' leaves checkpoints out"),
+        ({"eval_data": "v", "eval_steps": 0}, "eval_steps must be above 0"),
+        ({"logging_steps": -1}, "logging_steps must be above 0"),
+        ({"logging_nan_inf_filter": True}, "a loss that is not finite stops training"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_value(more, message):
@@ -102,6 +127,8 @@ def test_missing_keys_are_named():
         ("stage: [1", "line 1"),
         ("a: 1\n\tb: 2", "line 2"),
         ("- stage", "must hold keys and values"),
+        ("stage: sft\nmodel: m\nstage: dpo", "line 3: stage stands there twice"),
+        ("stage: sft\nrope: {method: ntk, method: yarn}", "line 2: method stands there twice"),
         ("", "must hold keys and values, got None"),
     ],
 )

@@ -144,3 +144,15 @@ def test_a_trainer_of_ones_own_takes_the_packed_data_set(tmp_path, llama):
     trainer = transformers.Trainer(model=llama, args=arguments, train_dataset=packed, data_collator=PackingCollator())
     trainer.train()
     assert trainer.state.log_history[0]["loss"] > 0
+
+
+def test_rows_that_were_shuffled_or_selected_are_packed_by_their_own_lengths():
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"input_ids": [1] * n, "length": n} for n in (1, 9, 2, 8, 3, 7)])
+    for some in (rows.shuffle(seed=1), rows.select([1, 3, 5]), rows.filter(lambda row: row["length"] > 2)):
+        packed = PackedDataset(some, 10)
+        found = [[len(row["input_ids"]) for row in packed[n]] for n in range(len(packed))]
+        assert sorted(length for one in found for length in one) == sorted(some["length"])
+        assert max(map(sum, found)) <= 10
+    with pytest.raises(ValueError, match="rows must have a column 'length', got input_ids"):
+        PackedDataset(rows.remove_columns("length"), 10)

@@ -2,6 +2,7 @@
 
 import ctypes.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from fastllm import ConfigError, cli
-from fastllm.train import plan, simulate, step_flops
+from fastllm.train import command, config, plan, simulate, step_flops
 from tests.ranks import ROOT
 
 transformers = pytest.importorskip("transformers")
@@ -57,6 +58,61 @@ def test_65b_does_not_fit_on_four_gpus_of_32_gb():
     assert found.layout(3).weights > 32e9  # not even the weights
     assert not any(one.fits_checkpointed for one in found.layouts if one.offload != "all")
     assert found.kv_tokens == 0
+
+
+EXAMPLES = [
+    (path, line)
+    for path in sorted(command.CONFIGS.glob("llama-7b*.yaml"))
+    for line in re.findall(r"^#   \d GPUs? of .*$", path.read_text(), re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize(("path", "line"), EXAMPLES, ids=[line[4:20].strip() for _, line in EXAMPLES])
+def test_the_examples_for_seven_billion_parameters_fit_where_they_say(path, line):
+    """The lines in the head of llama-7b.yaml and llama-7b-lora.yaml."""
+    gpus, memory, how = re.fullmatch(r"#   (\d) GPUs? of (\d+) GB +(.*)", line).groups()
+    before, name, *overrides = how.partition(path.stem)[0], path.stem, *how.partition(path.stem)[2].split()
+    assert before.split()[0] in ("fastllm", "deepspeed", "torchrun")
+    options = config.load(command.CONFIGS / f"{name}.yaml", overrides)
+    args, zero = options.arguments, options.arguments.zero_stage
+    assert (zero is not None) == before.startswith("deepspeed")
+    launched = re.search(r"--(?:num_gpus|nproc-per-node) (\d)", before)
+    assert int(gpus) == (int(launched[1]) if launched else 1)
+    precision = "bf16" if zero else "autocast" if args.bf16 else "pure-bf16"
+    assert options.model.dtype == ("bfloat16" if precision == "pure-bf16" else "float32")
+    found = plan.memory(
+        shape(4096, 11008, 32, 32), gpus=int(gpus), gpu_memory=float(memory) * 1e9, seq=options.data.max_length,
+        batch=args.per_device_train_batch_size, accumulation=args.gradient_accumulation_steps, precision=precision,
+        lora=options.model.lora, compare=False,
+    )  # fmt: skip
+    assert found.parameters > 6.7e9
+    assert found.layout(zero or 0, args.offload).fits_checkpointed
+    assert {*options.values} & {"gradient_checkpointing", "activation_checkpointing"}
+
+
+def test_the_benchs_step_of_seven_billion_parameters_fits_on_141_gb():
+    from bench import train
+
+    of = train.SHAPES["7b"]
+    for patch in (True, False):
+        found = plan.memory(
+            transformers.LlamaConfig(**of.config), gpu_memory=141e9, seq=train.TOKENS, batch=of.rows["cuda"],
+            precision="pure-bf16", patch=patch, compare=False,
+        )  # fmt: skip
+        assert found.parameters == of.parameters
+        assert found.layout(0).fits
+
+
+def test_bf16_without_a_copy_takes_eight_bytes_a_parameter_and_deepspeed_twenty_while_it_steps():
+    def alone(precision, **more):
+        return plan.memory(llama(num_hidden_layers=12), precision=precision, seq=4, compare=False, **more).layout(0)
+
+    parameters = plan.memory(llama(num_hidden_layers=12), seq=4, compare=False).parameters
+    pure = alone("pure-bf16")
+    assert (pure.weights, pure.gradients, pure.optimizer) == (2 * parameters, 2 * parameters, 4 * parameters)
+    assert alone("pure-bf16", optimizer="adamw8bit").optimizer == 2 * parameters
+    # Measured with DeepSpeed 0.19.8, stage 0, bf16, 63 million parameters: 20.7 bytes a parameter.
+    assert alone("bf16").total == pytest.approx(20 * parameters, rel=0.01)
 
 
 def test_stages_share_what_the_paper_says_they_share():

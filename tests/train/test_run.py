@@ -297,7 +297,12 @@ def command(capsys, tmp_path, settings, *more):
 
 
 def test_the_command_trains_and_reports(capsys, tmp_path, settings):
-    code, out, err = command(capsys, tmp_path, settings, "max_steps=2")
+    code, out, err = command(
+        capsys, tmp_path, settings, "max_steps=2", "max_length=48", "zero_stage=2", "offload=optimizer"
+    )
+    assert "data: 40 rows, " in err
+    assert " cut to max_length 48" in err
+    assert "zero_stage: 2 and offload: optimizer left aside: one process without DeepSpeed" in err
     assert code == 0
     assert "2 steps, mean training loss" in out
     assert "run folder" in err
@@ -316,10 +321,19 @@ def test_the_command_trains_and_reports(capsys, tmp_path, settings):
         ({"tokenizer": "./nowhere"}, "tokenizer: there is no file or folder ./nowhere"),
         ({"max_length": 4096}, "max_length is 4096, and the model reads 256 tokens"),
         ({"patch": ["glue"]}, "patch: ops must be"),
-        ({"rope": {"max_length": 512, "method": "yern"}}, "method must be one of"),
+        ({"rope": {"max_length": 512, "method": "yern"}}, "rope: method must be one of"),
         ({"rope": {"max_length": 512, "no_such": 1}}, "no_such"),
         ({"lora": {"r": 4, "target_modules": ["no_such"]}}, "lora: Target modules"),
-        ({"lora": {"rank": 4}}, "lora: "),
+        ({"lora": {"r": 4, "lora_alfa": 8}}, "lora: unknown key 'lora_alfa'; did you mean 'lora_alpha'?"),
+        ({"lora": {"r": "eight"}}, "lora: r must be a whole number of at least 1, got 'eight'"),
+        (
+            {"stage": "mixed", "pretrain_data": "TEXTS", "per_device_train_batch_size": 400},
+            "40 conversations do not fill a batch",
+        ),
+        (
+            {"stage": "mixed", "pretrain_data": "TEXTS", "per_device_train_batch_size": 1},
+            "of 2 or more, a text and a conversation",
+        ),
         ({"resume_from_checkpoint": "nowhere"}, "there is no checkpoint or run nowhere"),
         ({"stage": "pretrain"}, "a conversation, where the stage takes texts"),
         ({"stage": "ppo"}, "stage ppo needs reward"),
@@ -327,7 +341,8 @@ def test_the_command_trains_and_reports(capsys, tmp_path, settings):
         ({"model": "example:no_such"}, "there is no 'example:no_such'"),
     ],
 )
-def test_a_wrong_call_is_one_line_exit_code_2_and_nothing_written(capsys, tmp_path, settings, more, message):
+def test_a_wrong_call_is_one_line_exit_code_2_and_nothing_written(capsys, tmp_path, settings, texts, more, message):
+    more = {key: str(texts) if value == "TEXTS" else value for key, value in more.items()}
     code, out, err = command(capsys, tmp_path, {**settings, **more})
     assert (code, out) == (2, "")
     lines = err.splitlines()

@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 from fastllm.errors import CheckpointError
+from fastllm.train import checkpoint
 from fastllm.train.online.models import Models
 
 _PLAIN, _ZERO = "trained.pt", "deepspeed"  # in a checkpoint
@@ -118,7 +119,7 @@ class Plain(_Ranks):
         path = folder / _PLAIN
         if not path.is_file():
             raise CheckpointError(f"{folder} was not written by a run without DeepSpeed: it has no {_PLAIN}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = checkpoint.load(path)
         own = {n: p for n, p in self.models.named_parameters() if p.requires_grad}
         for name in sorted(own.keys() ^ state["weights"].keys()):
             raise CheckpointError(f"{folder} is of other models: {name} is {'not ' if name in own else ''}in it")

@@ -241,16 +241,8 @@ def is_function(reward: str) -> bool:
 
 def _classifier(name: str, key: str, options: ModelOptions, tokenizer: Any, lora: dict[str, Any] | None = None) -> Any:
     models._exists(name, key)
-    if Path(name).suffix == ".json":
-        config = transformers.AutoConfig.from_pretrained(name, num_labels=1)
-        make = lambda dtype: transformers.AutoModelForSequenceClassification.from_config(config, dtype=dtype)  # noqa: E731
-    else:
-        make = lambda dtype: transformers.AutoModelForSequenceClassification.from_pretrained(  # noqa: E731
-            name, num_labels=1, dtype=dtype
-        )
     try:
         config = transformers.AutoConfig.from_pretrained(name)
-        model = make(getattr(torch, options.dtype))
     except Exception as error:  # of many libraries
         raise ConfigError(f"{key}: cannot load {name}: {models._first_line(error)}") from error
     vocabulary = config.get_text_config().vocab_size
@@ -264,6 +256,14 @@ def _classifier(name: str, key: str, options: ModelOptions, tokenizer: Any, lora
         raise ConfigError(
             f"reward: {name} is a {(config.architectures or ['model'])[0]}, not a reward model with one score"
         )
+    kind, dtype = transformers.AutoModelForSequenceClassification, getattr(torch, options.dtype)
+    try:
+        if Path(name).suffix == ".json":
+            model = kind.from_config(transformers.AutoConfig.from_pretrained(name, num_labels=1), dtype=dtype)
+        else:
+            model = models.load_whole(kind, name, new_head=not trained, num_labels=1, dtype=dtype)
+    except Exception as error:
+        raise ConfigError(f"{key}: {models._first_line(error)}") from error
     if not trained:  # values begin at 0
         with _gathered(list(score_head(model).parameters())), torch.no_grad():
             for parameter in score_head(model).parameters():

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from fastllm.errors import ConfigError
 
 STAGES = ("ppo", "conditional")
+# Of TrainingArguments; the others are of transformers' Trainer, which does not run these stages.
+HEARD = frozenset({
+    "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "learning_rate",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "optim", "optim_args", "optim_target_modules",
+    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "tf32", "activation_checkpointing",
+    "gradient_checkpointing", "logging_steps", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id",
+    "trackio_bucket_id", "trackio_static_space_id", "save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint", "seed",
+    "data_seed", "use_cpu", "profile", "deepspeed", "zero_stage", "offload", "ddp_backend", "ddp_timeout",
+})  # fmt: skip
 
 
 @dataclass
@@ -169,6 +179,9 @@ def _check_ranges(values: dict[str, Any]) -> None:
     ):  # fmt: skip
         if values.get(key) is not None and not values[key] >= least:
             raise ConfigError(f"{key} must be at least {least}, got {values[key]}")
+    for key in KEYS:
+        if isinstance(value := values.get(key), float) and not math.isfinite(value):
+            raise ConfigError(f"{key} must be a finite number, got {value}")
     for key, above in (("temperature", 0), ("target_kl", 0), ("reward_clip", 0), ("dual_clip", 1)):
         if values.get(key) is not None and not values[key] > above:
             raise ConfigError(f"{key} must be above {above}, got {values[key]}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,9 +72,11 @@ class Prompts:
                 totals.tokens += min(len(asked.ids), max_length)
                 self.rows.append(Asked(asked.ids[-max_length:], asked.text, asked.row))
         if self.report.bad and on_bad_row == "error":
-            raise DataError(f"data: {self.report.told()} (on_bad_row: skip trains on the others)")
+            raise self.report.refused("data")
+        if self.report.bad and os.environ.get("RANK", "0") == "0":
+            print(f"warning: data: {self.report.told()}", file=sys.stderr)
         if not self.rows:
-            raise DataError(f"data is empty: {', '.join(map(str, paths[:3]))} hold no prompt")
+            raise DataError(f"data is empty: there is no prompt in {', '.join(map(str, paths[:3]))}")
 
     def _asked(self, value: dict[str, Any]) -> Asked:
         messages = messages_of(value)

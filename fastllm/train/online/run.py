@@ -41,11 +41,13 @@ class Result:
     run: str
     final: str
     steps: int
-    first_reward: float
-    last_reward: float
+    first_reward: float | None  # None where a resumed run had made all iterations before
+    last_reward: float | None
     throughput: dict[str, float]
 
     def told(self) -> str:
+        if self.first_reward is None or self.last_reward is None:
+            return f"{self.steps} iterations, all made before"
         said = [f"{self.steps} iterations, reward {self.first_reward:.4f} at first and {self.last_reward:.4f} at last"]
         if speed := self.throughput:
             parts = ", ".join(f"{name} {speed[f'{name}_s'] / speed['step_s']:.0%}" for name in PARTS)
@@ -83,6 +85,9 @@ class Run:
                 sets["pretrain_data"] = prepare(
                     data.pretrain_data, encoder, kind="text", on_bad_row=data.on_bad_row, cache=data.cache_dir, key="pretrain_data"
                 )  # fmt: skip
+        room = data.max_length - asked.max_new_tokens
+        models._tell(f"data: {prompts.report.summed_up(room)}")
+        common.say_left_aside(args)
         share = (asked.rollout_batch_size or 0) // (asked.group_size or 1) * args.world_size
         self.steps = (
             args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(prompts.rows) / share)
@@ -100,6 +105,7 @@ class Run:
         )  # fmt: skip
         if self.resumed:
             checkpoint.check_same_model(self.resumed, whole.actor)
+        common.check_optimizer(args, whole)
         self.folder = self.resumed.parent if self.resumed else common._new_run(options)
         args.output_dir = str(self.folder)
         args.run_name = args.run_name or self.folder.name
@@ -145,9 +151,8 @@ class Run:
                 state.save(course, self.folder, self.args.save_total_limit, writes=self.first)
         final = state.export(course, self.folder, self.options.model, writes=self.first)
         telling.end()
-        return Result(
-            str(self.folder), str(final), course.step, telling.rewards[0], telling.rewards[-1], telling.average()
-        )
+        first, last = (telling.rewards[0], telling.rewards[-1]) if telling.rewards else (None, None)
+        return Result(str(self.folder), str(final), course.step, first, last, telling.average())
 
 
 def _checkpoints(args: Any) -> bool:
@@ -165,7 +170,7 @@ class _Telling:
 
     def __init__(self, run: Run) -> None:
         self.run, self.course, args = run, run.course, run.args
-        self.rewards: list[float] = [math.nan] if run.course.step >= run.steps else []
+        self.rewards: list[float] = []
         self.spent = dict.fromkeys((*PARTS, "step", "samples"), 0.0)
         self.iterations = 0
         self.every = _every(args.logging_steps, run.steps)
@@ -175,7 +180,8 @@ class _Telling:
         self.handler = CallbackHandler(reporters, run.course.engine.models.actor, run.tokenizer, None, None)
         self.control = TrainerControl()
         self.handler.on_train_begin(args, self.state, self.control)
-        self.bar = _Bar(run.steps, run.course.step) if run.first else None
+        shown = run.first and not run.options.values.get("disable_tqdm")
+        self.bar = _Bar(run.steps, run.course.step) if shown else None
         self.profiler: StepProfiler | None = None
         if args.profile:
             self.profiler = StepProfiler(

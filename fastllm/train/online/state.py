@@ -47,13 +47,13 @@ def load(course: Course, folder: Path) -> None:
     """
     if not (folder / _COURSE).is_file():
         raise CheckpointError(f"{folder} is no checkpoint of this stage: it has no {_COURSE}")
-    state = torch.load(folder / _COURSE, map_location="cpu", weights_only=True)
+    state = checkpoint.load(folder / _COURSE)
     if state["world"] != course.world:
         raise CheckpointError(f"{folder} was written by {state['world']} processes, and this run has {course.world}")
     course.engine.load(folder)
     course.load_state_dict(state)
     # pickled: Python's and numpy's generators have states that safe loading does not know
-    own = torch.load(folder / f"process-{course.rank}.pt", map_location="cpu", weights_only=False)
+    own = checkpoint.load(folder / f"process-{course.rank}.pt", only_weights=False)
     course.memory = own["memory"]
     set_random_state(own["random"])
 

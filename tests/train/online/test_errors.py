@@ -43,6 +43,10 @@ BASE = {"stage": "ppo", "model": "m", "data": "d", "reward": "a:b", "per_device_
         ({"stage": "conditional", "ppo_epochs": 4}, "ppo_epochs belongs to stage ppo, not to conditional"),
         ({"stage": "conditional", "kl_coef": 0.1}, "kl_coef belongs to stage ppo, not to conditional"),
         ({"rollout_batchsize": 4}, "did you mean 'rollout_batch_size'?"),
+        ({"temperature": float("inf")}, "temperature must be a finite number, got inf"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha has no effect in stage ppo"),
+        ({"save_only_model": True}, "save_only_model has no effect in stage ppo"),
+        ({"stage": "conditional", "torch_compile": True}, "torch_compile has no effect in stage conditional"),
         ({"save_strategy": "epoch"}, "save_strategy: epoch does not belong to stage ppo"),
     ],
 )
