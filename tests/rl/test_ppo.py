@@ -512,6 +512,19 @@ def test_a_gradient_may_be_changed_in_place_between_two_passes():
         loss.backward()
 
 
+def test_a_gradient_may_be_changed_in_place_while_another_is_used():
+    given = batch(3, 40, torch.float32)
+    wanted = [given[name].requires_grad_() for name in LEARNT]
+    of_logprobs, of_values, _ = torch.autograd.grad(ppo_loss(**given, **COEFS).loss, wanted)
+    scale = torch.ones((), requires_grad=True)
+    loss = (scale * of_values).sum()
+    of_logprobs.zero_()
+    of_logprobs += scale
+    (loss + of_logprobs.sum()).backward()
+    torch.testing.assert_close(scale.grad, of_values.sum() + of_logprobs.numel())
+    of_values.detach_()
+
+
 def test_a_batch_of_gradients():
     given = batch(3, 40, torch.float32)
     wanted = [given[name].requires_grad_() for name in LEARNT]
