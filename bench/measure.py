@@ -213,9 +213,9 @@ def bound(function: Callable[..., Any], sets: Sequence[Any]) -> Callable[[], Any
 
 def _interleave(contestants: dict[str, Callable[[], Any]], runs: int, device: Cpu | Cuda) -> dict[str, list[float]]:
     """Seconds of each turn, the contestants taking turns, so that a disturbance of the machine meets them all. The
-    release of a run's results belongs to its time. A turn is one call; of what takes less than TURN_SECONDS it is several in
-    a row, each on inputs that no cache holds, and the median of all but the first (of two, beside such a one): the turns of the others push out not only
-    the inputs but the code and what the allocator keeps, as no training loop does."""
+    release of a run's results belongs to its time. A turn is one call. Where a contestant takes less than TURN_SECONDS, its turn
+    is several in a row, each on inputs that no cache holds, and the median of all but the first, and a turn of the others is
+    two: what ran before pushes out not only the inputs but the code and what the allocator keeps, as no training loop does."""
     samples: dict[str, list[float]] = {name: [] for name in contestants}
     least = {name: min(device.seconds(run) for _ in range(2)) for name, run in contestants.items()}
     calls = {name: min(TURN_CALLS, 1 + int(TURN_SECONDS / max(seconds, 1e-9))) for name, seconds in least.items()}
