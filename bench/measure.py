@@ -214,13 +214,10 @@ def bound(function: Callable[..., Any], sets: Sequence[Any]) -> Callable[[], Any
 def _interleave(contestants: dict[str, Callable[[], Any]], runs: int, device: Cpu | Cuda) -> dict[str, list[float]]:
     """Seconds of each turn, the contestants taking turns, so that a disturbance of the machine meets them all. The
     release of a run's results belongs to its time. A turn is one call; of what takes less than TURN_SECONDS it is several in
-    a row, each on inputs that no cache holds, and the median of all but the first (of two, beside such a one): the turns of the others push out not only
+    a row, each on inputs that no cache holds, and the median of all but the first: the turns of the others push out not only
     the inputs but the code and what the allocator keeps, as no training loop does."""
     samples: dict[str, list[float]] = {name: [] for name in contestants}
-    least = {name: min(device.seconds(run) for _ in range(2)) for name, run in contestants.items()}
-    calls = {name: min(TURN_CALLS, 1 + int(TURN_SECONDS / max(seconds, 1e-9))) for name, seconds in least.items()}
-    if max(calls.values()) > 1:  # where one's first call does not count, nobody's does
-        calls = {name: max(2, count) for name, count in calls.items()}
+    calls = {name: min(TURN_CALLS, 1 + int(TURN_SECONDS / device.seconds(run))) for name, run in contestants.items()}
     gc.collect()
     gc.disable()
     try:
