@@ -195,7 +195,7 @@ def steps(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(3.2 * (1 + len(kept)) + 1, 0.4 * len(rows) + 1.4), layout="constrained")
     panels = figure.subplots(1, 1 + len(kept), sharey=True, squeeze=False)[0]
     names = {"patched": "fastllm", "unpatched": "eager"}
-    colors = [STYLES[names.get(row["contestant"], row["contestant"])][0] for row in rows]
+    colors = [STYLES.get(names.get(row["contestant"], row["contestant"]), OTHERS[0])[0] for row in rows]
     places = range(len(rows))
 
     def panel(axes: Axes, values: list[float], words: list[str], title: str, ends: list[float]) -> None:

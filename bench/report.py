@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import evidence, machine, plots, rules, trainer_page
+from bench import evidence, machine, plots, ppo, rules, trainer_page
 from bench.__main__ import SUITES
 from bench.arguments import Parser
 from bench.results import Row, Unreadable, by_name, markdown, megabytes, milliseconds, ratio, rows_of, short
@@ -164,7 +164,8 @@ def _suite(file: Path, record: list[Row]) -> list[str]:
     parts = [f"### {file.stem}"]
     parts += [f"{sentence}; `{command}`." for sentence, command in where]
     parts.append(f"{' and '.join(map(str, runs))} runs of each contestant, {' and '.join(dates)}.{few}")
-    parts.append(_training(record) if "contestant" in record[0] else _cases(rows))
+    shown = _iterations if "rollout_s" in record[0] else _training
+    parts.append(shown(record) if "contestant" in record[0] else _cases(rows))
     missing = dict.fromkeys(
         f"{f['name']}: {f['missing']}" for row in rows for f in row["contestants"] if "missing" in f
     )
@@ -227,6 +228,22 @@ def _training(rows: Sequence[Row]) -> str:
     for row in rows:
         cases.setdefault(row["case"], []).append(row)
     return "\n\n".join(_steps(case, of_case) for case, of_case in cases.items())
+
+
+def _iterations(rows: Sequence[Row]) -> str:
+    cases: dict[str, list[Row]] = {}
+    for row in rows:
+        cases.setdefault(row["case"], []).append(row)
+    told = (
+        "{}: an iteration of stage ppo: responses sampled, scored by policy, reference and critic, two passes of training with {}. plain: "
+        "logits whole, GAE as a loop in Python, the loss in PyTorch; unpatched and patched: the trainer of fastllm. TFLOPS: model FLOPs of "
+        "all passes, logits of responses alone; of matmul: TFLOPS over those of a large matrix product in the same run."
+    )
+    parts = []
+    for case, of_case in cases.items():
+        made = [[row["contestant"], *ppo.cells(row, of_case[0])] for row in of_case]
+        parts += [told.format(case, of_case[0]["optimizer"]), markdown(["", *ppo.HEADINGS], made)]
+    return "\n\n".join(parts)
 
 
 def _steps(case: str, rows: Sequence[Row]) -> str:

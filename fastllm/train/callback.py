@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from fastllm.train import metrics
 from fastllm.train.profile import StepProfiler
 from fastllm.train.throughput import CONVENTIONS, StepCost, StepFlops, Throughput, forward_flops, peak_flops
 
@@ -272,10 +271,9 @@ class ThroughputCallback(TrainerCallback):
     # ---- telling -------------------------------------------------------------------------------------------------
 
     def _write(self, args: Any, state: Any, logs: dict[str, Any]) -> None:
-        path = Path(self.metrics_file or Path(args.output_dir) / "metrics.jsonl")
+        path = Path(self.metrics_file or Path(args.output_dir) / metrics.NAME)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}, default=float) + "\n")
+        metrics.append(path, state.global_step, logs)
 
 
 @dataclass
@@ -432,13 +430,3 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def read_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics.jsonl, without one that a crash has torn."""
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                continue

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from fastllm.errors import ConfigError
 from fastllm.train import config
@@ -31,6 +34,7 @@ def prepare(name: str, overrides: list[str]) -> Run | OnlineRun:
         os.environ.setdefault(
             "DS_ACCELERATOR", "cpu"
         )  # else DeepSpeed, where transformers finds it, says that it guesses
+    quiet()
     example = CONFIGS / f"{name}.yaml"
     if not Path(name).exists() and not Path(name).suffix and not example.is_file():
         examples = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
@@ -60,3 +64,12 @@ def finish(run: Run | OnlineRun, *, as_json: bool) -> None:
     if speed:
         said.append(f"{speed['tgs_real']:,.0f} real tokens per second and device, {speed['tflops']:.3g} TFLOPS")
     print(", ".join(said) + f"\nmodel: {result.final}")
+
+
+def quiet() -> None:
+    """Libraries say what concerns their own users; the command says what concerns this one's."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")

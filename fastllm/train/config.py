@@ -20,7 +20,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from fastllm.errors import ConfigError
-from fastllm.train import keys, zero
+from fastllm.train import keys, losses, zero
 from fastllm.train.losses import DPOOptions, RewardOptions
 from fastllm.train.online import options as online
 
@@ -78,19 +78,6 @@ class DataOptions:
 
 
 @dataclass
-class LossOptions:
-    """The losses of the stages on preferences, as mappings that are checked against classes of their own."""
-
-    dpo: dict[str, Any] | None = field(
-        default=None, metadata={"help": "stage dpo: loss, beta, label_smoothing, gamma; see fastllm.train.losses"}
-    )
-    rm: dict[str, Any] | None = field(default=None, metadata={"help": "stage rm: center, margin"})
-
-
-_INSIDE: dict[str, Any] = {"dpo": DPOOptions, "rm": RewardOptions}
-
-
-@dataclass
 class Arguments(TrainingArguments):
     """transformers' TrainingArguments, with defaults for language models and two keys that write DeepSpeed's JSON."""
 
@@ -121,10 +108,10 @@ class Options:
     model: ModelOptions
     data: DataOptions
     arguments: Arguments
-    online: online.OnlineOptions
-    values: dict[str, Any]
     dpo: DPOOptions
     rm: RewardOptions
+    online: online.OnlineOptions
+    values: dict[str, Any]
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Options:
@@ -187,7 +174,6 @@ def parse(values: dict[str, Any]) -> Options:
     checked = {key: _coerced(key, value, types_of[key]) for key, value in values.items()}
     checked = online.completed(checked)
     _check_alone(checked)
-    inside = {key: _inside(key, checked.get(key) or {}) for key in _INSIDE}
     if checked.get("eval_data") and "eval_strategy" not in checked:
         checked["eval_strategy"] = "steps" if "eval_steps" in checked else "epoch"
     settled = dict(checked)
@@ -205,33 +191,23 @@ def parse(values: dict[str, Any]) -> Options:
     try:
         if settled.get("deepspeed") is not None:
             zero.join()
-        model, data, _, arguments, sampling = HfArgumentParser(_CLASSES).parse_dict(settled)  # type: ignore[arg-type]
+        model, data, dpo, rm, arguments, sampling = HfArgumentParser(_CLASSES).parse_dict(settled)  # type: ignore[arg-type]
     except ConfigError:
         raise
     except Exception as error:  # TrainingArguments checks its fields in many ways, each with its own type of error
         raise ConfigError(" ".join(str(error).split())) from error
     _check_loggers(arguments.report_to)
-    return Options(model, data, arguments, sampling, checked, **inside)
+    return Options(model, data, arguments, dpo, rm, sampling, checked)
 
 
 _CLASSES = (
     ModelOptions,
     DataOptions,
-    LossOptions,
+    DPOOptions,
+    RewardOptions,
     Arguments,
     online.OnlineOptions,
 )  # of unions with str, HfArgumentParser wants str second, hence the noqa
-
-
-def _inside(key: str, values: dict[str, Any]) -> Any:
-    """The mapping under `key` as its own dataclass."""
-    cls = _INSIDE[key]
-    hints = _hints(cls)
-    for name in values:
-        keys.check(name, hints, f"{key}: ")
-    found = cls(**{name: _coerced(f"{key}.{name}", value, hints[name]) for name, value in values.items()})
-    found.check()
-    return found
 
 
 def _hints(cls: type) -> dict[str, Any]:
@@ -295,12 +271,10 @@ def _check_alone(values: dict[str, Any]) -> None:
         for key in ("pretrain_data", "pretrain_share"):
             if values.get(key) is not None and (stage, key) != ("ppo", "pretrain_data"):
                 raise ConfigError(f"{key} belongs to stage mixed, not to {stage}")
-    for key in _INSIDE:
-        if values.get(key) is not None and stage != key:
-            raise ConfigError(f"{key} belongs to stage {key}, not to {stage}")
     if values.get("label_smoothing_factor") and stage not in ("pretrain", "sft"):
-        hint = "; see dpo.label_smoothing" if stage == "dpo" else ""
+        hint = "; see label_smoothing" if stage == "dpo" else ""
         raise ConfigError(f"label_smoothing_factor belongs to stages pretrain and sft, not to {stage}{hint}")
+    losses.check(values)
     if stage in PREFERENCES and values.get("train_on_prompt"):
         raise ConfigError(f"train_on_prompt belongs to conversations; stage {stage} compares answers alone")
     online.check(values)

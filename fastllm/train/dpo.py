@@ -35,7 +35,7 @@ class DPOTrainer(PairTrainer):
         self.reference = reference
         self._reference_ready = False
         if reference is None and self.options.needs_reference and not hasattr(self.model, "disable_adapter"):
-            raise ConfigError(f"the loss {self.options.loss} needs a reference")
+            raise ConfigError(f"the loss {self.options.loss_type} needs a reference")
 
     def pair_loss(self, model: Any, inputs: dict[str, Tensor], num_items: Tensor | None) -> PreferenceLoss:
         reference = self._reference_logps(model, inputs) if self.options.needs_reference else None
@@ -50,22 +50,22 @@ class DPOTrainer(PairTrainer):
         self, tokens: dict[str, Any], reference: Tensor | None, num_items: Tensor | None, pairs: int
     ) -> PreferenceLoss:
         own = self.options
-        if own.loss == "orpo":
+        if own.loss_type == "orpo":
             return rl.linear_orpo_loss(**tokens, beta=own.beta or 0.1, num_items=num_items)
-        if own.loss == "simpo":
-            gamma = 1.0 if own.gamma is None else own.gamma
+        if own.loss_type == "simpo":
+            gamma = 1.0 if own.simpo_gamma is None else own.simpo_gamma
             return rl.linear_simpo_loss(**tokens, beta=own.beta or 2.0, gamma=gamma, num_items=num_items)
         assert reference is not None
-        if own.loss == "kto":
+        if own.loss_type == "kto":
             desirable = torch.arange(2 * pairs, device=reference.device) < pairs
             return rl.linear_kto_loss(
                 **tokens, ref_logps=reference, desirable=desirable, beta=own.beta or 0.1,
                 num_items=None if num_items is None else 2 * num_items, distributed=self.args.world_size > 1,
             )  # fmt: skip
-        assert own.loss in DPO_KINDS
+        assert own.loss_type in DPO_KINDS
         return rl.linear_dpo_loss(
             **tokens, ref_chosen_logps=reference[:pairs], ref_rejected_logps=reference[pairs:], beta=own.beta or 0.1,
-            kind=own.loss, label_smoothing=own.label_smoothing, num_items=num_items,
+            kind=own.loss_type, label_smoothing=own.label_smoothing, num_items=num_items,
         )  # fmt: skip
 
     def _run(self, model: Any, inputs: dict[str, Tensor]) -> HeadInput:

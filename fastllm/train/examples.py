@@ -8,6 +8,8 @@ Names that begin with ``example:`` stand for them in a configuration, and are ma
 - ``example:questions``, ``example:held-out-questions``: "What does json.dumps do?" with the docstring's first line, as conversations.
 - ``example:preferences``, ``example:held-out-preferences``: "How much is 7 plus 5?", where "It is 12." is chosen and "It is twelve."
   rejected. Right answers are a matter of looking: the chosen one has digits.
+- ``example:answers``: the same questions, each with one answer, in digits or in words by turns.
+- ``example:sums``, ``example:held-out-sums``: the questions alone, as prompts.
 - ``example:prompts``: "Say 17" and the like, to be answered by the model itself.
 """
 
@@ -56,6 +58,18 @@ def resolve(name: str, cache: str | os.PathLike[str] | None = None) -> str:
     return str(path)
 
 
+def resolve_in(options: Any) -> None:
+    """Puts paths in the place of such names in an Options."""
+    cache = options.data.cache_dir
+    for part, keys in ((options.model, ("model", "tokenizer")), (options.data, ("data", "eval_data", "pretrain_data"))):
+        for key in keys:
+            value = getattr(part, key)
+            if isinstance(value, str):
+                setattr(part, key, resolve(value, cache))
+            elif isinstance(value, list):
+                setattr(part, key, [resolve(one, cache) for one in value])
+
+
 def byte_tokenizer() -> Any:
     """A tokenizer whose tokens are the 256 bytes, <bos>, <eos> and <pad>, with the chat template "plain"."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -92,9 +106,13 @@ def _llama(folder: Path, **more: Any) -> None:
     import torch
     from transformers import LlamaForCausalLM
 
+    from fastllm.train.models import saved_here
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        LlamaForCausalLM(tiny_config(**more)).save_pretrained(folder)
+        model = LlamaForCausalLM(tiny_config(**more))
+    with saved_here(model):  # whichever process comes first
+        model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
 
 
@@ -153,6 +171,16 @@ def _preferences(held_out: bool) -> Iterator[dict[str, Any]]:
                 }
 
 
+def _answers() -> Iterator[dict[str, Any]]:
+    for n, pair in enumerate(_preferences(False)):
+        yield {"prompt": pair["prompt"], "response": pair["rejected" if n % 2 else "chosen"]}
+
+
+def _sums(held_out: bool) -> Iterator[dict[str, Any]]:
+    for pair in _preferences(held_out):
+        yield {"prompt": pair["prompt"]}
+
+
 def _spelt(number: int) -> str:
     """A number below 100 in words."""
     if number < len(_SMALL):
@@ -196,5 +224,8 @@ _MAKERS: dict[str, Callable[[Path], None]] = {
     "held-out-questions": _lines(lambda: _questions(True)),
     "preferences": _lines(lambda: _preferences(False)),
     "held-out-preferences": _lines(lambda: _preferences(True)),
+    "answers": _lines(_answers),
+    "sums": _lines(lambda: _sums(False)),
+    "held-out-sums": _lines(lambda: _sums(True)),
     "prompts": _lines(_prompts),
 }

@@ -70,3 +70,31 @@ def outputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         handle.remove()
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+
+def score_head(model: Any) -> nn.Module:
+    """The layer of a sequence classifier that makes one number of every token's last hidden state.
+
+    Args:
+        model: of transformers, with LoRA adapters or without.
+
+    Raises:
+        ConfigError: a model that makes its score of anything else, or more than one.
+    """
+    plain = bare_model(model)
+    body = plain.base_model
+    found = [m for m in plain.children() if m is not body and any(True for _ in m.parameters())]
+    weight = getattr(found[0], "weight", None) if len(found) == 1 and getattr(body, "pooler", None) is None else None
+    if weight is None or getattr(weight, "ds_shape", weight.shape)[0] != 1:
+        raise ConfigError(
+            f"a reward model or critic has one layer that scores every token, which {type(plain).__name__} has not"
+        )
+    return found[0]
+
+
+def bare_model(model: Any) -> Any:
+    """The transformers model, with adapters in it or not, within a PeftModel."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model

@@ -73,8 +73,8 @@ _OTHERWISE = {  # written in another way
     "lora: {lora_alpha: 32}": ("lora_alpha",),
     "lora: {lora_dropout: 0.05}": ("lora_dropout",),
     "lora: {target_modules: [q_proj, v_proj]}": ("lora_target", "lora_target_modules", "lora_target_linear"),
-    "dpo: {beta: 0.1}": ("beta", "dpo_beta", "pref_beta"),
-    "dpo: {loss: sigmoid}": ("loss_type", "pref_loss"),
+    "beta": ("dpo_beta", "pref_beta"),
+    "loss_type": ("pref_loss", "dpo_loss"),
     "rope: {max_length: 32768, method: yarn}": ("rope_scaling", "rope_parameters"),
 }
 _NAMES = {name: key for known in (_ELSEWHERE, _OTHERWISE) for key, names in known.items() for name in names}

@@ -1,47 +1,62 @@
-"""What a configuration says of the losses of the stages that learn from preferences."""
+"""What a configuration says of the losses of the stages that learn from preferences; keys are named as in TRL."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from fastllm.errors import ConfigError
 
 WITHOUT_REFERENCE = ("orpo", "simpo")
 
 
-@dataclass(frozen=True)
+@dataclass
 class DPOOptions:
-    """The key `dpo`: which loss of `fastllm.rl`, and its constants. beta defaults to 0.1, simpo's to 2, gamma to 1."""
+    """Stage dpo: which loss of `fastllm.rl`, and its constants."""
 
-    loss: Literal["sigmoid", "robust", "hinge", "ipo", "orpo", "simpo", "kto"] = "sigmoid"
-    beta: float | None = None
-    label_smoothing: float = 0.0
-    gamma: float | None = None
-
-    def check(self) -> None:
-        if self.beta is not None and not self.beta > 0:
-            raise ConfigError(f"dpo.beta must be above 0, got {self.beta}")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ConfigError(f"dpo.label_smoothing must lie in [0, 0.5), got {self.label_smoothing}")
-        if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
-            raise ConfigError(f"dpo.label_smoothing belongs to the losses sigmoid and robust, not to {self.loss}")
-        if self.gamma is not None and self.loss != "simpo":
-            raise ConfigError(f"dpo.gamma belongs to the loss simpo, not to {self.loss}")
+    loss_type: Literal["sigmoid", "robust", "hinge", "ipo", "orpo", "simpo", "kto"] = field(
+        default="sigmoid", metadata={"help": "stage dpo: which loss"}
+    )
+    beta: float | None = field(default=None, metadata={"help": "stage dpo: of the loss; default 0.1, of simpo 2"})
+    label_smoothing: float = field(default=0.0, metadata={"help": "stage dpo: of sigmoid and robust, below 0.5"})
+    simpo_gamma: float | None = field(default=None, metadata={"help": "stage dpo: margin of simpo; default 1"})
 
     @property
     def needs_reference(self) -> bool:
-        return self.loss not in WITHOUT_REFERENCE
+        return self.loss_type not in WITHOUT_REFERENCE
 
 
-@dataclass(frozen=True)
+@dataclass
 class RewardOptions:
-    """The key `rm`: `center` weighs (chosen score + rejected score)², which keeps scores around 0; `margin` is how far apart they
-    are to be."""
+    """Stage rm: constants of the reward loss."""
 
-    center: float = 0.0
-    margin: float = 0.0
+    center_rewards_coefficient: float = field(
+        default=0.0, metadata={"help": "stage rm: of (chosen score + rejected score)², which keeps scores around 0"}
+    )
+    margin: float = field(default=0.0, metadata={"help": "stage rm: how far apart the two scores are to be"})
 
-    def check(self) -> None:
-        if not self.center >= 0:
-            raise ConfigError(f"rm.center must not be negative, got {self.center}")
+
+_OF_STAGE: dict[str, type] = {"dpo": DPOOptions, "rm": RewardOptions}
+
+
+def check(values: dict[str, Any]) -> None:
+    """What can be said of a configuration without a model or data; called for every stage.
+
+    Raises:
+        ConfigError: keys of another stage, numbers out of range or that do not go together.
+    """
+    for stage, options in _OF_STAGE.items():
+        for key in (f.name for f in fields(options)):
+            if values.get(key) is not None and values["stage"] != stage:
+                raise ConfigError(f"{key} belongs to stage {stage}, not to {values['stage']}")
+    loss, smoothing = values.get("loss_type", "sigmoid"), values.get("label_smoothing", 0)
+    if values.get("beta") is not None and not values["beta"] > 0:
+        raise ConfigError(f"beta must be above 0, got {values['beta']}")
+    if not 0 <= smoothing < 0.5:
+        raise ConfigError(f"label_smoothing must lie in [0, 0.5), got {smoothing}")
+    if smoothing and loss not in ("sigmoid", "robust"):
+        raise ConfigError(f"label_smoothing belongs to loss_type sigmoid and robust, not to {loss}")
+    if values.get("simpo_gamma") is not None and loss != "simpo":
+        raise ConfigError(f"simpo_gamma belongs to loss_type simpo, not to {loss}")
+    if not values.get("center_rewards_coefficient", 0) >= 0:
+        raise ConfigError(f"center_rewards_coefficient must be at least 0, got {values['center_rewards_coefficient']}")

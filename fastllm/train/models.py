@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import fastllm
 from fastllm.errors import ConfigError
 from fastllm.train import keys
 from fastllm.train.config import ModelOptions
+from fastllm.train.heads import bare_model
 
 
 def load_tokenizer(options: ModelOptions) -> Any:
@@ -137,8 +140,21 @@ def export(model: Any, tokenizer: Any, folder: Path, kind: str) -> None:
     if kind == "merged":
         fastllm.unpatch(model)
         model = model.merge_and_unload()
-    model.save_pretrained(folder)
+    with saved_here(model):
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def saved_here(model: Any) -> Iterator[None]:
+    """A block in which save_pretrained writes on the process that calls it: transformers 5.23's does so on the first of all alone,
+    and machines without a shared file system would have no weights to go on from."""
+    plain = bare_model(model)
+    plain.__dict__["should_save_on_this_rank"] = lambda is_main_process: is_main_process
+    try:
+        yield
+    finally:
+        del plain.__dict__["should_save_on_this_rank"]
 
 
 def _config(options: ModelOptions) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastllm.errors import ConfigError
 from fastllm.streaming.budget import parsed
-from fastllm.train.callback import read_metrics
+from fastllm.train import metrics
 from fastllm.train.plan import SPARE, Layout, Plan
 
 
@@ -29,7 +29,7 @@ def mfu_of(text: str) -> float:
     path = path / "metrics.jsonl" if path.is_dir() else path
     if not path.is_file():
         raise ConfigError(f"--mfu must be a number or the folder of a run, got {text!r}")
-    found = [line["mfu"] for line in read_metrics(path) if "mfu" in line][1:]  # the first step warms up
+    found = [line["mfu"] for line in metrics.read(path) if "mfu" in line][1:]  # the first step warms up
     if not found:
         raise ConfigError(f"{path} tells no MFU: the peak of the device it ran on is not known")
     return sum(found) / len(found)

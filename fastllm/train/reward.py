@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastllm.errors import ConfigError
 from fastllm.rl import PreferenceLoss, reward_loss
-from fastllm.train.heads import outputs_of
+from fastllm.train.heads import outputs_of, score_head
 from fastllm.train.losses import RewardOptions
 from fastllm.train.pairs import PairTrainer
 
@@ -29,17 +28,9 @@ class RewardTrainer(PairTrainer):
         if model.training and (meter := self.meter):
             meter.trained_on(inputs["last"].shape[0])
         return reward_loss(
-            chosen, rejected, margin=self.options.margin or None, center=self.options.center, num_items=num_items
+            chosen,
+            rejected,
+            margin=self.options.margin or None,
+            center=self.options.center_rewards_coefficient,
+            num_items=num_items,
         )
-
-
-def score_head(model: Any) -> nn.Module:
-    """The layer that gives each token of a sequence-classification model its score.
-
-    Raises:
-        ConfigError: there is none, or it gives more than one.
-    """
-    head = getattr(model, "score", None)
-    if not isinstance(head, nn.Module):
-        raise ConfigError(f"stage rm needs a model with a score for every token, which {type(model).__name__} has not")
-    return head

@@ -2,43 +2,30 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import os
-import platform
-import re
 import shutil
-import socket
-import subprocess
 import sys
-import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-import yaml
 
-from fastllm import __version__
 from fastllm.errors import ConfigError
-from fastllm.train import checkpoint, models
-from fastllm.train.callback import ThroughputCallback, read_metrics
+from fastllm.train import checkpoint, folder, models, together
+from fastllm.train.callback import ThroughputCallback
 from fastllm.train.config import PREFERENCES, Options
 from fastllm.train.data import Data, prepare
 from fastllm.train.dpo import DPOTrainer
 from fastllm.train.encode import Encoder, use_template
-from fastllm.train.examples import resolve
+from fastllm.train.examples import resolve_in
+from fastllm.train.heads import score_head
 from fastllm.train.mixing import MixedCollator, MixedDataset, MixedSampler
 from fastllm.train.packing import PackedDataset, PackingCollator, PaddingCollator, check_rows_stay_apart
 from fastllm.train.pairs import PairCollator
-from fastllm.train.reward import RewardTrainer, score_head
+from fastllm.train.reward import RewardTrainer
 from fastllm.train.trainer import Trainer, perplexity
-
-_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "deepspeed", "triton")
 
 
 @dataclass(frozen=True)
@@ -64,25 +51,28 @@ class Run:
     """
 
     def __init__(self, options: Options) -> None:
-        _quiet()
         args, data_options = options.arguments, options.data
         self.options = options
-        _resolve_examples(options)
+        resolve_in(options)
         transformers.set_seed(args.seed)
         self.tokenizer = models.load_tokenizer(options.model)
         use_template(self.tokenizer, data_options.chat_template)
-        self.resumed = _checkpoint_to_resume(options)
+        self.resumed = folder.checkpoint_to_resume(options)
         with args.main_process_first(local=True, desc="tokenising"):
             sets = _read(options, self.tokenizer)
         _say_beforehand(options, sets)
         transformers.set_seed(args.seed)  # whatever came before, a model from scratch and its adapters are the same
         stage = data_options.stage
         model = models.load_model(options.model, self.tokenizer, data_options.max_length, stage=stage)
-        if self.resumed:
-            checkpoint.check_same_model(self.resumed, model)
-            if not args.save_on_each_node:  # each node has its own part of it then
-                checkpoint.check_same_ranks(self.resumed, args.world_size, sharded=args.deepspeed is not None)
-            checkpoint.check_resumable(self.resumed, rank=args.process_index, world=args.world_size)
+        if resumed := self.resumed:
+
+            def fits() -> None:
+                checkpoint.check_same_model(resumed, model)
+                if not args.save_on_each_node:  # each node has its own part of it then
+                    checkpoint.check_same_ranks(resumed, args.world_size, sharded=args.deepspeed is not None)
+
+            together.agree(fits, here=args.process_index == 0)
+            together.agree(lambda: checkpoint.check_resumable(resumed, rank=args.process_index, world=args.world_size))
         sharded = any(hasattr(p, "ds_id") for p in model.parameters())  # ZeRO-3: nothing runs before training begins
         if data_options.packing and not sharded:
             check_rows_stay_apart(model)
@@ -90,7 +80,8 @@ class Run:
         _check_batches(training, options)
         check_optimizer(args, model)
         kind, more = _trainer(options, model, self.tokenizer)
-        self.folder = self.resumed.parent if self.resumed else _new_run(options)
+        folder.check_course(options, sets)
+        self.folder = folder.resumed(self.resumed, options) if self.resumed else folder.new(options)
         args.output_dir = str(self.folder)
         args.run_name = args.run_name or self.folder.name  # in Weights & Biases
         args.disable_tqdm = True  # ThroughputCallback has the progress bar
@@ -109,8 +100,9 @@ class Run:
             self.trainer.add_callback(_CheckPacking())
         bar = not options.values.get("disable_tqdm")
         self.throughput = ThroughputCallback(progress=bar, profile=args.profile).put_first(self.trainer)
-        if self.trainer.is_world_process_zero():
-            _describe(self.folder, options, sets, self.resumed)
+        if args.should_save:
+            folder.describe(self.folder, options, sets, self.resumed)
+        if args.process_index == 0:
             print(f"run folder: {self.folder}", file=sys.stderr)
 
     def go(self) -> Result:
@@ -166,21 +158,6 @@ class _CheckPacking(transformers.TrainerCallback):
 
 
 # ---- data --------------------------------------------------------------------------------------------------------
-
-
-def _resolve_examples(options: Options) -> None:
-    """Puts paths in the place of names like ``example:questions``."""
-    cache = options.data.cache_dir
-    for part, names in (
-        (options.model, ("model", "tokenizer")),
-        (options.data, ("data", "eval_data", "pretrain_data")),
-    ):
-        for key in names:
-            value = getattr(part, key)
-            if isinstance(value, str):
-                setattr(part, key, resolve(value, cache))
-            elif isinstance(value, list):
-                setattr(part, key, [resolve(one, cache) for one in value])
 
 
 def _read(options: Options, tokenizer: Any) -> dict[str, Data]:
@@ -261,130 +238,7 @@ def gone_if_it_fails(folder: Path, *, new: bool) -> Iterator[None]:
         raise
 
 
-# ---- the run's folder --------------------------------------------------------------------------------------------
-
-
-def _run_prefix(options: Options) -> str:
-    name = Path(options.model.model.rstrip("/")).name.removesuffix(".json")
-    return f"{re.sub(r'[^A-Za-z0-9._-]', '_', name) or 'model'}-{options.data.stage}-"
-
-
-def _new_run(options: Options) -> Path:
-    """A folder that no other run has, the same for all processes of this one."""
-    args = options.arguments
-    folder = [""]
-    problem = [""]
-    if args.process_index == 0:
-        stem = f"{_run_prefix(options)}{socket.gethostname()}-{time.strftime('%Y%m%d-%H%M%S')}"
-        for n in range(1000):
-            path = Path(args.output_dir).expanduser() / (f"{stem}-{n}" if n else stem)
-            try:
-                path.mkdir(parents=True)
-            except FileExistsError:
-                continue
-            except OSError as error:
-                problem = [f"output_dir: cannot make {path}: {error.strerror}"]
-            folder = [str(path)]
-            break
-    if args.world_size > 1:
-        told = [folder[0], problem[0]]
-        torch.distributed.broadcast_object_list(told, src=0)
-        folder, problem = told[:1], told[1:]
-    if problem[0]:
-        raise ConfigError(problem[0])
-    return Path(folder[0])
-
-
-def _checkpoint_to_resume(options: Options) -> Path | None:
-    args = options.arguments
-    wanted = args.resume_from_checkpoint
-    if wanted is None:
-        return None
-    if wanted != "latest":
-        named = checkpoint.find(wanted).resolve()
-        checkpoint.check_same_stage(named, options.data.stage)
-        return named
-    told: list[Any] = [None]
-    if args.process_index == 0:
-        runs = sorted(
-            Path(args.output_dir).expanduser().glob(f"{_run_prefix(options)}*"), key=lambda p: p.stat().st_mtime
-        )
-        for run in runs:
-            checkpoint.recover(run)
-        found = [complete[-1] for run in runs if (complete := checkpoint.complete(run))]
-        told = [str(found[-1].resolve()) if found else None]
-    if args.world_size > 1:
-        torch.distributed.broadcast_object_list(told, src=0)
-    if not told[0]:
-        models._tell(
-            f"no run of this model and stage in {args.output_dir} has a checkpoint to resume: a new run begins"
-        )
-    return Path(told[0]) if told[0] else None
-
-
-def _describe(run: Path, options: Options, sets: dict[str, Data], resumed: Path | None) -> None:
-    """config.yaml, with which the run can be started again, and run.json, which says what it ran with and on."""
-    checkpoint.clean(run)
-    given = {key: value for key, value in options.values.items() if key not in ("resume_from_checkpoint",)}
-    whole = {**given, **asdict(options.model), **asdict(options.data)}
-    args = options.arguments
-    course = {
-        "stage": options.data.stage,
-        "data": {key: data.fingerprint for key, data in sets.items()},
-        "packing": options.data.packing,
-        "pretrain_share": options.data.pretrain_share,
-        **{key: asdict(getattr(options, key)) for key in PREFERENCES if key == options.data.stage},
-        "batch": args.per_device_train_batch_size,
-        "accumulation": args.gradient_accumulation_steps,
-        "processes": args.world_size,
-        "seed": [args.seed, args.data_seed],
-        "precision": [options.model.dtype, "bf16" if args.bf16 else "fp16" if args.fp16 else "as it is"],
-        "optimizer": str(args.optim),
-        "learning_rate": args.learning_rate,
-        "schedule": str(args.lr_scheduler_type),
-    }
-    about = {
-        "fastllm": __version__,
-        "python": platform.python_version(),
-        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
-        "git_commit": _git_commit(),
-        "command": sys.argv,
-        "host": socket.gethostname(),
-        "folder": os.getcwd(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "course": course,
-        "sources": {
-            key: {source: asdict(totals) for source, totals in data.report.sources.items()}
-            for key, data in sets.items()
-        },
-        "totals": {key: asdict(data.report.total) for key, data in sets.items()},
-        "arguments": args.to_sanitized_dict(),
-    }
-    if resumed:
-        _warn_of_changes(run, course, resumed)
-        about["resumed_from"] = str(resumed)
-        step = checkpoint.read_state(resumed)["global_step"]
-        if left := checkpoint.leave(run, step):
-            print(
-                f"going on from {resumed.name}; later checkpoints are now {', '.join(p.name for p in left)}",
-                file=sys.stderr,
-            )
-        if (metrics := run / "metrics.jsonl").is_file():
-            kept = [line for line in read_metrics(metrics) if line.get("step", 0) <= step]
-            checkpoint.write_whole(metrics, "".join(json.dumps(line) + "\n" for line in kept))
-    checkpoint.write_whole(run / "config.yaml", yaml.safe_dump(_plain(whole), sort_keys=False))
-    checkpoint.write_whole(run / "run.json", json.dumps(about, indent=2, default=str))
-
-
-def _warn_of_changes(run: Path, course: dict[str, Any], resumed: Path) -> None:
-    try:
-        before = json.loads((run / "run.json").read_text(encoding="utf-8"))["course"]
-    except (OSError, ValueError, KeyError):
-        before = {}
-    now = json.loads(json.dumps(course))
-    changed = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
-    if changed:
-        print(f"warning: {resumed.name} is resumed with other settings: {'; '.join(changed)}", file=sys.stderr)
+# ---- the end ------------------------------------------------------------------------------------------------------
 
 
 def _export(trainer: Trainer, options: Options, tokenizer: Any, run: Path) -> Path:
@@ -392,44 +246,11 @@ def _export(trainer: Trainer, options: Options, tokenizer: Any, run: Path) -> Pa
     kinds = {"adapter": ["adapter"], "merged": ["merged"], "both": ["adapter", "merged"]}[options.model.export]
     final = run / "final"
     if not options.model.lora or "adapter" in kinds:
-        with checkpoint.written_whole(final, writes=trainer.args.should_save, together=trainer._together) as aside:
+        with checkpoint.written_whole(final, writes=trainer.writes_model, together=trainer._together) as aside:
             trainer.save_model(str(aside), _internal_call=True)
     if options.model.lora and "merged" in kinds:
         final = run / ("final-merged" if "adapter" in kinds else "final")
-        with checkpoint.written_whole(final, writes=trainer.args.should_save, together=trainer._together) as aside:
-            if trainer.args.should_save:
+        with checkpoint.written_whole(final, writes=trainer.writes_model, together=trainer._together) as aside:
+            if trainer.writes_model:
                 models.export(trainer.accelerator.unwrap_model(trainer.model), tokenizer, aside, "merged")
     return final
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    """Of the folder the run is started in; with "+" where files differ from it."""
-    try:
-        said = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty=+"], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return said.stdout.strip() or None
-
-
-def _quiet() -> None:
-    """Libraries say what concerns their own users; the command says what concerns this one's."""
-    import logging
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")

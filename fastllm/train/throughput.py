@@ -108,12 +108,13 @@ class Throughput:
         return self.hardware_tflops * 1e12 / self.peak if self.peak else None
 
 
-def step_flops(model: nn.Module, lengths: Sequence[int], *, convention: str = "causal") -> StepFlops:
+def step_flops(
+    model: nn.Module, lengths: Sequence[int], *, convention: str = "causal", logits: int | None = None
+) -> StepFlops:
     """FLOPs of one training step (forward and backward) of a causal language model of Transformers.
 
     A token costs 6·(N - N_embedding): 2 for each weight forward, 2 for the gradient of the activations, 2 for that of the
-    weight. A frozen weight takes 4, and 2 where nothing before it is trained, so that no gradient goes further down (but for what is
-    beside the first trained weight within its layer, of which up to 2 too many are counted: with LoRA 0.3 % of a 7B model). A weight of
+    weight. A frozen weight takes 4, and 2 where nothing before it is trained, so that no gradient goes further down. A weight of
     an expert counts for the share of the experts that a token visits. A table that only looks up counts nothing, a head tied to
     it does. Attention costs 6·H·D·Σs² per layer under the causal mask, less where a window hides more; D is the mean of the
     widths of keys and values where they differ. Padding is not work: FLOPs are those of the real tokens. Towers for images and
@@ -124,11 +125,12 @@ def step_flops(model: nn.Module, lengths: Sequence[int], *, convention: str = "c
             checkpointing is on add their forward pass to `hardware`.
         lengths: real tokens of every document in the batch, without padding: rows, or the parts of packed rows.
         convention: "causal", or "palm" for 12·H·D·Σs², PaLM's count without the causal discount.
+        logits: tokens that the LM head works for; default: all.
 
     Raises:
         ValueError: unknown convention, a negative length, or a model whose config does not tell its attention heads.
     """
-    return StepCost(model, convention=convention)(lengths)
+    return StepCost(model, convention=convention)(lengths, logits)
 
 
 class StepCost:
@@ -147,11 +149,15 @@ class StepCost:
         first = (
             None if repeated.share else _first_trained(model)
         )  # checkpointing has gradients go down to the embedding
-        self._share, self._of_token, self._again = repeated.share, 0.0, 0.0
-        below = first is not None
+        self._share, self._of_token, self._of_logits, self._again = repeated.share, 0.0, 0.0, 0.0
+        below, head = first is not None, _head(model)
         for name, parameter, used in _weights(model):
             below = below and name != first and not parameter.requires_grad
-            self._of_token += 2.0 * used * (3 if parameter.requires_grad else 1 if below else 2)
+            cost = 2.0 * used * (3 if parameter.requires_grad else 1 if below else 2)
+            if id(parameter) in head:
+                self._of_logits += cost
+            else:
+                self._of_token += cost
             if name in repeated.parameters:
                 self._again += 2.0 * used
         layers = list(_attention_layers(model))
@@ -167,7 +173,7 @@ class StepCost:
         """Whether the model trains and checkpoints what it did."""
         return self._now() == self._state
 
-    def __call__(self, lengths: Sequence[int]) -> StepFlops:
+    def __call__(self, lengths: Sequence[int], logits: int | None = None) -> StepFlops:
         if any(length < 0 for length in lengths):
             raise ValueError(f"lengths must not be negative, got {min(lengths)}")
         tokens = sum(lengths)
@@ -176,19 +182,24 @@ class StepCost:
             return sum(count * _attention_forward(*layer, lengths, self.convention) for layer, count in layers.items())
 
         whole = forward(self._attention)
-        model = self._of_token * tokens + 3 * whole - 2 * forward(self._untouched)
+        model = self._of_token * tokens + self._of_logits * (tokens if logits is None else logits)
+        model += 3 * whole - 2 * forward(self._untouched)
         return StepFlops(model, model + self._again * tokens + whole * self._share)
 
 
 def forward_flops(
-    model: nn.Module, lengths: Sequence[int], *, convention: str = "causal", adapters: bool = True
-) -> float:
+    model: nn.Module, lengths: Sequence[int], *, convention: str = "causal", adapters: bool = True, logits: int | None = None
+) -> float:  # fmt: skip
     """FLOPs of a forward pass alone, as of a reference policy: 2 for each weight and token, and the attention's.
 
     Args and Raises: as ``step_flops``. adapters: whether PEFT's count, or the model as it is without them.
     """
     model = _checked(model, lengths, convention)
-    weights = sum(used for _, _, used in _weights(model, adapters)) * 2.0 * sum(lengths)
+    tokens, head = sum(lengths), _head(model)
+    weights = 2.0 * sum(
+        used * (tokens if logits is None or id(parameter) not in head else logits)
+        for _, parameter, used in _weights(model, adapters)
+    )
     return weights + sum(_attention_forward(*layer, lengths, convention) for layer in _attention_layers(model))
 
 
@@ -208,8 +219,7 @@ def _checked(model: Any, lengths: Sequence[int], convention: str) -> Any:
 
 def _first_trained(model: nn.Module) -> str | None:
     """The first trained parameter, where it is known what runs before it: all that are trained are in layers or in the head."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    of_head = {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
+    of_head = _head(model)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     known = all(_layer_of(name) is not None or id(p) in of_head for name, p in trained)
     tied = any(id(m.weight) in of_head for m in model.modules() if isinstance(m, nn.Embedding))
@@ -228,14 +238,19 @@ def _layer_of(name: str | None) -> int | None:
 def _weights(model: nn.Module, adapters: bool = True) -> Iterator[tuple[str, Tensor, float]]:
     """Name, parameter and the number of its elements that act on one token."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    multiplied = {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
+    multiplied = _head(model)
     for name, parameter in model.named_parameters():
         if id(parameter) in tables and id(parameter) not in multiplied:
             continue
         if not _in_use(model, name, adapters) or _TOWER.search(name):
             continue
         yield name, parameter, _elements(parameter) * _visited(model, name)
+
+
+def _head(model: nn.Module) -> set[int]:
+    """The parameters that make logits, a tied table among them, by id."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
 
 
 _TOWER = re.compile(r"(^|\.)(vision|visual|audio|image)[a-z_]*\.")  # sees no token of the text

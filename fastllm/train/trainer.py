@@ -10,11 +10,13 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import ExportableState
 
-from fastllm.errors import CheckpointError, ConfigError, FastLLMError
-from fastllm.train import checkpoint
+from fastllm.errors import ConfigError, FastLLMError
+from fastllm.train import checkpoint, together
 from fastllm.train.mixing import KINDS, MixedDataset, MixedSampler
+from fastllm.train.models import saved_here
 from fastllm.train.packing import Evened
 
 
@@ -155,6 +157,7 @@ class Trainer(transformers.Trainer):
             self.save_model(str(aside), _internal_call=True)
             if not self.args.save_only_model:
                 self._save_optimizer_and_scheduler(str(aside))
+                self._name_the_newest(aside)
                 self._save_scaler(str(aside))
                 self._save_rng_state(str(aside))
             if self.args.should_save:
@@ -167,25 +170,34 @@ class Trainer(transformers.Trainer):
             best = self.state.best_global_step
             checkpoint.rotate(run, self.args.save_total_limit, run / f"{checkpoint.NAME}{best}" if best else None)
 
+    def _name_the_newest(self, folder: Path) -> None:
+        """DeepSpeed reads in `latest` which of its states to load, and writes that file on the first machine alone."""
+        if self.args.should_save and self.is_deepspeed_enabled and not (latest := folder / "latest").exists():
+            for state in folder.glob("global_step*"):
+                latest.write_text(state.name)
+
+    @property
+    def writes_model(self) -> bool:
+        """Whether this process is one that writes the model's weights: under ZeRO-3 they are gathered on the first alone."""
+        return self.args.should_save and not (self.args.process_index and is_deepspeed_zero3_enabled())
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.writes_model or not self.args.should_save:
+            with saved_here(self.accelerator.unwrap_model(self.model)):
+                super()._save(output_dir, state_dict)
+
     @property
     def _together(self) -> Any:
         return self.accelerator.wait_for_everyone if self.args.world_size > 1 else None
 
     def _check_space(self, run: Path) -> None:
-        """On the process that writes; all processes stop where it finds no room."""
-        problem = ""
-        if self.args.should_save:
+        """On every process that writes; all processes stop where one finds no room."""
+
+        def check() -> None:
             earlier = checkpoint.complete(run)
-            try:
-                checkpoint.check_space(run, checkpoint.size_on_disk(earlier[-1]) if earlier else self._bytes_to_save())
-            except CheckpointError as error:
-                problem = str(error)
-        if self.args.world_size > 1:
-            told = [problem]
-            torch.distributed.broadcast_object_list(told, src=0)
-            problem = told[0] or problem
-        if problem:
-            raise CheckpointError(problem)
+            checkpoint.check_space(run, checkpoint.size_on_disk(earlier[-1]) if earlier else self._bytes_to_save())
+
+        together.agree(check, here=self.args.should_save)
 
     def _bytes_to_save(self) -> int:
         """Weights, and what AdamW keeps of those that are trained: two moments and, under DeepSpeed, the weights in float32."""

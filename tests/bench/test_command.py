@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from bench import __main__ as command
-from bench import attention, device, eager, kernels, loss, measure, rl, suite, train
+from bench import attention, device, eager, kernels, loss, measure, ppo, report, rl, suite, train
 from bench.case import FORWARD, Case
+from bench.results import rows_of
 
 VERSIONS = {
     "device",
@@ -45,7 +46,7 @@ def exit_code(arguments):
         (["kernel"], "kernels, attention, loss, rl, train"),
         (["kernels", "--only", "softmax"], "rms_norm"),
         (["kernels", "--only", "swiglu", "--json", "/no/such/folder/rows.json"], "/no/such/folder/rows.json"),
-        (["ppo"], "not here yet: a PPO step: rollout, scoring, training (comes with issue 8)"),
+        (["ppo", "--advantage", "rloo"], "'rloo'"),
         (["train", "--json", "/"], "cannot write /"),
         (["loss", "--plot", "/dev/null/plots"], "cannot write /dev/null/plots"),
         (["kernels", "--device", "tpu"], "'tpu'"),
@@ -167,6 +168,29 @@ def test_a_shape_that_cannot_fit_is_refused_before_anything_is_built(monkeypatch
     monkeypatch.setattr(device.Cpu, "memory", lambda self: 24 << 30)
     assert exit_code(["train", "--shape", "7b"]) == 2
     assert "needs more than 81 GB, this cpu has 26" in capsys.readouterr().err
+    assert exit_code(["ppo", "--shape", "7b", "--advantage", "grpo"]) == 2
+    assert "needs more than 202 GB, this cpu has 26" in capsys.readouterr().err
+
+
+def test_the_ppo_suite_runs_to_its_end_and_its_contestants_do_the_same(monkeypatch, tmp_path):
+    pytest.importorskip("datasets")
+    tiny = ppo._shape("tiny", 20_000, (32, 2, 2, 2, 48), 8, 4, 12, 6)
+    tiny.config["vocab_size"] = 300
+    monkeypatch.setattr(ppo, "SHAPES", {"58m": tiny})
+    monkeypatch.setattr(ppo, "KINDS", ("plain", "patched"))
+    file = tmp_path / "ppo.json"
+    assert exit_code(["ppo", "--quick", "--json", str(file), "--plot", str(tmp_path)]) == 0
+    rows = json.loads(file.read_text())
+    assert [row["contestant"] for row in rows] == ["plain", "patched"]
+    for row in rows:
+        assert row["entropy_difference"] < 0.01
+        assert row["samples_per_s"] == pytest.approx(8 / row["median_s"])
+        assert row["tflops"] * row["median_s"] == pytest.approx(
+            sum(row[f"{part}_tflops"] * row[f"{part}_s"] for part in ppo.PARTS), rel=1e-6
+        )
+    assert "| patched |" in report._iterations(rows)
+    assert rows_of(rows)[0]["contestants"][1]["name"] == "fastllm"
+    assert (tmp_path / "ppo-steps.png").is_file()
 
 
 def test_a_wrong_op_fails_the_run_and_shows_no_time(quick, capsys):

@@ -1,4 +1,4 @@
-"""The same configuration on two CPU ranks: plain, and ZeRO 1 to 3 under DeepSpeed; each resumes as if it had not stopped."""
+"""The same configuration on two CPU ranks, of one machine or of two: plain, and ZeRO 1 to 3; each resumes as if it had not stopped."""
 
 import json
 from pathlib import Path
@@ -9,31 +9,29 @@ import yaml
 
 from fastllm.train import PaddingCollator, config
 from fastllm.train.run import Run
-from tests.ranks import run_on_two
+from tests.ranks import run_on_two, run_on_two_machines
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("deepspeed", reason="the ZeRO claim needs DeepSpeed; the dev extra installs it")
 
 
 @pytest.mark.slow
-def test_zero_stages_and_plain_ranks_train_alike_and_resume_bit_for_bit(folder, chats, tmp_path):
+def test_zero_stages_and_replicas_on_two_machines_train_alike_and_resume_bit_for_bit(folder, chats, tmp_path):
     settings = {
         "stage": "sft", "model": str(folder), "data": str(chats), "eval_data": str(chats), "eval_steps": 4, "max_length": 128,
-        "output_dir": str(tmp_path / "runs"), "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
-        "gradient_accumulation_steps": 2, "save_steps": 2, "lr_scheduler_type": "linear",
-        "packing": True, "num_train_epochs": 4, "profile": True,
+        "output_dir": str(tmp_path / "machine-MACHINE"), "save_on_each_node": True, "max_steps": 4,
+        "per_device_train_batch_size": 2, "learning_rate": 1e-2, "gradient_accumulation_steps": 2, "save_steps": 2,
+        "lr_scheduler_type": "linear", "packing": True, "num_train_epochs": 4, "profile": True,
     }  # fmt: skip
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(settings))
+    cases = [{}, {"zero_stage": 3}, {"zero_stage": 1}, {"zero_stage": 2}]
     worker = Path(__file__).parent / "distributed_worker.py"
-    results = []
-    for launcher, stages in (("deepspeed", [3, 1, 2]), ("torchrun", [None])):
-        cases = [{"zero_stage": stage} if stage else {} for stage in stages]
-        found, said = run_on_two(worker, str(path), *map(json.dumps, cases), launcher=launcher)
-        assert [r["case"] for r in found] == cases, said
-        assert said.count("step 4/4 loss") == said.count("profile of steps") == 2 * len(cases), said  # one rank tells
-        results += found
-    plain = list(results[-1]["whole"].values())
+    results, said = run_on_two_machines(worker, str(path), *map(json.dumps, cases))
+    assert [r.get("case") for r in results] == [*cases, None], said
+    assert said.count("step 4/4 loss") == said.count("profile of steps") == 2 * len(cases), said  # one rank tells
+    told = results.pop()["machines"]
+    plain = list(results[0]["whole"].values())
     # One process with the batch of both has the same losses, whatever the lengths of the rows.
     alone = Run(config.parse({**settings, "per_device_train_batch_size": 4, "output_dir": str(tmp_path / "alone")}))
     alone.go()
@@ -46,24 +44,44 @@ def test_zero_stages_and_plain_ranks_train_alike_and_resume_bit_for_bit(folder, 
         assert result["resumed"] == result["whole"], result["case"]
         assert list(result["whole"].values()) == pytest.approx(plain, rel=1e-4), result["case"]
         run = Path(result["folder"])
-        model = transformers.AutoModelForCausalLM.from_pretrained(run / "final")
-        assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+        other = Path(str(run).replace("machine-0", "machine-1"))
+        sharded = result["case"].get("zero_stage") == 3
+        for place in [run] if sharded else [run, other]:
+            model = transformers.AutoModelForCausalLM.from_pretrained(place / "final")
+            assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+        assert not (sharded and (other / "final").exists())  # DeepSpeed gathers the weights in the first process
         with torch.no_grad():
             perplexity = model(**rows).loss.exp().item()
-        sharded = any(name.startswith("global_step") for name in result["files"])
-        assert sharded == bool(result["case"]), result["files"]
+        for machine, names in enumerate(result["files"]):
+            assert f"rng_state_{machine}.pth" in names
+            assert f"rng_state_{1 - machine}.pth" not in names
+            assert any(name.startswith("global_step") for name in names) == bool(result["case"]), names
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         (validated,) = [line["eval_perplexity"] for line in lines if "eval_perplexity" in line]
         assert validated == pytest.approx(perplexity, rel=1e-5)
         steps = [line["step"] for line in lines if "tgs" in line]
         assert steps == [1, 2, 3, 4]  # one rank writes
-        for rank in (0, 1):
-            profile = json.loads((run / "profile" / f"rank-{rank}.json").read_text())
+        for rank, place in enumerate((run, other)):
+            profile = json.loads((place / "profile" / f"rank-{rank}.json").read_text())
             assert profile["shares"]["communication"] > 0, result["case"]
-            assert (run / "profile" / profile["trace"]).is_file()
+            assert (place / "profile" / profile["trace"]).is_file()
+        assert not (other / "metrics.jsonl").exists()
+        assert (other / "run.json").is_file()
         both = 2 * lines[0]["step_s"]
         assert lines[0]["samples_per_s"] * both == pytest.approx(round(lines[0]["samples_per_s"] * both), abs=0.01)
         assert 2 * 2 * 2 * 128 * 0.8 < lines[0]["tgs_real"] * both <= 2 * 2 * 2 * 128  # bins of both ranks, nearly full
+    (first, again), (second, once_more) = told["names"]
+    assert first == again != second == once_more
+    for name, message in {
+        "not shared": "output_dir: process 1 does not see what the first wrote to",
+        "shared": "save_on_each_node: true is for machines that each have an output_dir of their own, and process 1 sees",
+        "other settings": "all processes must have one configuration and the same data: learning_rate is 0.1 in process 0",
+        "nothing to resume": "there is no checkpoint or run nowhere",
+    }.items():
+        assert [message in error for error in told[name]] == [True, True], (name, told.get(name))
+    for wanted in ("run", "latest"):  # not checkpoint-4, which one machine has lost
+        assert [path[-len("/checkpoint-2") :] for path in told[f"resumed from {wanted}"]] == ["/checkpoint-2"] * 2
+        assert told[f"resumed from {wanted}"] == [f"{run}/checkpoint-2", f"{other}/checkpoint-2"]
 
 
 @pytest.mark.slow
@@ -82,12 +100,11 @@ def test_preferences_on_two_ranks_are_one_batch_and_resume_bit_for_bit(folder, w
         {"zero_stage": 3, "stage": "dpo"}, {"zero_stage": 2, "stage": "dpo"}, {"zero_stage": 3, "stage": "rm"},
         {"zero_stage": 3, "stage": "dpo", **lora},
     ]  # fmt: skip
-    found, said = run_on_two(worker, str(path), *map(json.dumps, cases))
-    assert [r["case"] for r in found] == cases, said
     plain = [{"stage": "dpo"}, {"stage": "rm"}, {"stage": "dpo", **lora}]
-    there, said = run_on_two(worker, str(path), *map(json.dumps, plain), launcher="torchrun")
-    assert [r["case"] for r in there] == plain, said
-    for result in found + there:
+    found, said = run_on_two(worker, str(path), *map(json.dumps, plain + cases))
+    assert [r["case"] for r in found] == plain + cases, said
+    there = found[: len(plain)]
+    for result in found:
         assert result["resumed"] == result["whole"], result["case"]
         case = {key: value for key, value in result["case"].items() if key != "zero_stage"}
         same = next(r for r in there if r["case"] == case)

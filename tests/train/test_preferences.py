@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from fastllm import cli
 from fastllm.train import PackingCollator, PaddingCollator, checkpoint, config, data, encode, step_flops
 from fastllm.train.formats import RowError, recognise
+from fastllm.train.heads import score_head
 from fastllm.train.pairs import PairCollator
 from fastllm.train.run import Run
 from fastllm.train.throughput import forward_flops
@@ -204,8 +205,8 @@ def plain_loss(kind, options, model, reference, rows):
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_loss_and_its_gradient_are_the_plain_formulas(settings, kind, packing):
-    options = {"loss": kind, **({"beta": 0.3, "label_smoothing": 0.1} if kind in ("sigmoid", "robust") else {})}
-    run = Run(config.parse({**settings, "dpo": options, "packing": packing, "patch": "auto"}))
+    options = {"loss_type": kind, **({"beta": 0.3, "label_smoothing": 0.1} if kind in ("sigmoid", "robust") else {})}
+    run = Run(config.parse({**settings, **options, "packing": packing, "patch": "auto"}))
     trainer = stirred(run)
     trainer.model.train()
     rows = run.trainer.train_dataset.rows if packing else run.trainer.train_dataset
@@ -229,7 +230,9 @@ def test_each_loss_and_its_gradient_are_the_plain_formulas(settings, kind, packi
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_reward_models_loss_is_that_of_the_scores_plain_transformers_gives(settings, packing):
-    run = Run(config.parse({**settings, "stage": "rm", "rm": {"center": 0.1, "margin": 0.5}, "packing": packing}))
+    run = Run(
+        config.parse({**settings, "stage": "rm", "center_rewards_coefficient": 0.1, "margin": 0.5, "packing": packing})
+    )
     trainer = stirred(run)
     trainer.model.train()
     rows = run.trainer.train_dataset.rows if packing else run.trainer.train_dataset
@@ -273,7 +276,7 @@ def test_accumulated_micro_batches_are_one_batch(settings, stage):
 @pytest.mark.parametrize("kind", ["sigmoid", "orpo", "kto"])
 def test_dpo_learns_what_is_preferred(settings, pairs, kind):
     _, result, lines = trained(
-        settings, dpo={"loss": kind}, max_steps=25, eval_data=str(pairs), eval_steps=25, packing=True,
+        settings, loss_type=kind, max_steps=25, eval_data=str(pairs), eval_steps=25, packing=True,
         per_device_train_batch_size=1, learning_rate=2e-2,
     )  # fmt: skip
     log = of_training(lines)
@@ -313,7 +316,7 @@ RESUMED = {
     "rm": {"stage": "rm"},
     "dpo packed in the second epoch": {"packing": True, "per_device_train_batch_size": 1, "max_steps": 12, "save_steps": 9},
     "dpo with dropping adapters": {"lora": {**LORA, "lora_dropout": 0.3}, "gradient_accumulation_steps": 2},
-    "kto validated": {"dpo": {"loss": "kto"}, "eval_steps": 2},
+    "kto validated": {"loss_type": "kto", "eval_steps": 2},
 }  # fmt: skip
 
 
@@ -385,20 +388,24 @@ def test_flops_are_those_of_both_answers_and_of_the_references_forward_pass(sett
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"dpo": {"los": "ipo"}}, "dpo: unknown key 'los'; did you mean 'loss'?"),
-        ({"dpo": {"loss": "ppo"}}, "dpo.loss must be one of sigmoid, robust, hinge, ipo, orpo, simpo, kto, got 'ppo'"),
-        ({"dpo": {"beta": 0}}, "dpo.beta must be above 0, got 0"),
-        ({"dpo": {"gamma": 1.0}}, "dpo.gamma belongs to the loss simpo"),
+        ({"loss_tipe": "ipo"}, "unknown key 'loss_tipe'; did you mean 'loss_type'?"),
+        ({"loss_type": "ppo"}, "loss_type must be one of sigmoid, robust, hinge, ipo, orpo, simpo, kto, got 'ppo'"),
+        ({"beta": 0}, "beta must be above 0, got 0"),
+        ({"beta": float("nan")}, "beta must be above 0, got nan"),
+        ({"simpo_gamma": 1.0}, "simpo_gamma belongs to loss_type simpo, not to sigmoid"),
         (
-            {"dpo": {"loss": "hinge", "label_smoothing": 0.1}},
-            "dpo.label_smoothing belongs to the losses sigmoid and robust",
+            {"loss_type": "hinge", "label_smoothing": 0.1},
+            "label_smoothing belongs to loss_type sigmoid and robust, not to hinge",
         ),
-        ({"dpo": {"label_smoothing": 0.5}}, "dpo.label_smoothing must lie in [0, 0.5), got 0.5"),
-        ({"rm": {"center": 0.1}}, "rm belongs to stage rm, not to dpo"),
-        ({"stage": "rm", "rm": {"center": -1}}, "rm.center must not be negative"),
-        ({"stage": "sft", "dpo": {}}, "dpo belongs to stage dpo, not to sft"),
+        ({"label_smoothing": 0.5}, "label_smoothing must lie in [0, 0.5), got 0.5"),
+        ({"margin": 0.1}, "margin belongs to stage rm, not to dpo"),
+        (
+            {"stage": "rm", "center_rewards_coefficient": -1},
+            "center_rewards_coefficient must be at least 0, got -1",
+        ),
+        ({"stage": "sft", "beta": 0.1}, "beta belongs to stage dpo, not to sft"),
         ({"train_on_prompt": True}, "train_on_prompt belongs to conversations"),
-        ({"label_smoothing_factor": 0.1}, "not to dpo; see dpo.label_smoothing"),
+        ({"label_smoothing_factor": 0.1}, "not to dpo; see label_smoothing"),
         ({"stage": "mixed", "pretrain_data": "t", "label_smoothing_factor": 0.1}, "pretrain and sft, not to mixed"),
     ],
 )
@@ -406,3 +413,20 @@ def test_what_is_wrong_is_named(settings, more, message):
     with pytest.raises(config.ConfigError) as raised:
         config.parse({**settings, **more})
     assert message in str(raised.value)
+
+
+def test_scores_come_from_the_one_layer_after_the_last_hidden_states(folder):
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    assert score_head(model) is model.score
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", **LORA))
+    head = score_head(adapted)
+    assert head is adapted.get_base_model().score
+    assert head is not model.base_model
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    for config_of in (transformers.BertConfig, transformers.RobertaConfig):  # of a pooled state, of the first token's
+        judge = transformers.AutoModelForSequenceClassification.from_config(config_of(num_labels=1, **small))
+        with pytest.raises(config.ConfigError, match=f"scores every token, which {type(judge).__name__} has not"):
+            score_head(judge)
+    with pytest.raises(config.ConfigError, match="LlamaForCausalLM has not"):
+        score_head(transformers.AutoModelForCausalLM.from_pretrained(folder))

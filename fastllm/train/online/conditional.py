@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastllm.train.online import reward
 from fastllm.train.online.course import Course
+from fastllm.train.online.experience import scored
 from fastllm.train.online.prompts import Asked, messages_of
 from fastllm.train.online.rollout import Rollout, padded, sample
 
@@ -39,8 +39,12 @@ def iterate(course: Course) -> dict[str, float]:
             engine, course.tokenizer, asked, chunk=options.rollout_chunk_size or len(asked),
             max_new_tokens=options.max_new_tokens, temperature=options.temperature,
         )  # fmt: skip
+        course.work.sampled(rollout.lengths)
     with clock.part("score"):
-        scores = scored(course, plain, rollout)
+        chunk = options.rollout_chunk_size or len(plain)
+        pad, name = course.tokenizer.pad_token_id, str(options.reward)
+        scores = scored(engine, plain, rollout, course.reward, name, pad, chunk)
+        course.work.scored([len(one.ids) + n for one, (_, n) in zip(plain, rollout.lengths)])
         pool = remembered(course, plain, rollout, scores)
     with clock.part("train"):
         course.set_learning_rates()
@@ -56,24 +60,9 @@ def conditioned(course: Course, one: Asked, level: int) -> Asked:
     return replace(one, ids=course.prompts.encode([*before, message])[-course.prompts.max_length :])
 
 
-@torch.no_grad()
-def scored(course: Course, plain: list[Asked], rollout: Rollout) -> Tensor:
-    """(B,) what the reward says of the responses to the prompts as they are without a score in them."""
-    name, engine = str(course.options.reward), course.engine
-    if course.reward is not None:
-        prompts, rows = [one.text for one in plain], [one.row for one in plain]
-        return reward.ask(course.reward, name, prompts, rollout.texts, rows).to(engine.device)
-    found = []
-    whole = [one.ids + tokens for one, tokens in zip(plain, _responses(rollout))]
-    for begin in range(0, len(whole), course.options.rollout_chunk_size or len(whole)):
-        rows_of = whole[begin : begin + (course.options.rollout_chunk_size or len(whole))]
-        found.append(engine("score", *padded(rows_of, course.tokenizer.pad_token_id, engine.device)))
-    return torch.cat(found).float()
-
-
 def remembered(course: Course, plain: list[Asked], rollout: Rollout, scores: Tensor) -> list[Told]:
     """The responses of the last pool_iterations iterations, these included."""
-    fresh = [Told(p.row, t, s) for p, t, s in zip(plain, _responses(rollout), scores.tolist())]
+    fresh = [Told(p.row, t, s) for p, t, s in zip(plain, rollout.responses, scores.tolist())]
     rounds = [*course.memory.get("rounds", []), [(told.row, told.tokens, told.score) for told in fresh]]
     course.memory["rounds"] = rounds[-course.options.pool_iterations :]
     return [Told(*told) for one in course.memory["rounds"] for told in one]
@@ -91,12 +80,13 @@ def imitate(course: Course, pool: list[Told]) -> dict[str, float]:
             _batch(course, [(pool[n], level_of(pool[n].score, known, levels)) for n in micro.tolist()])
             for micro in chosen.split(course.micro_batch)
         ]
-        items = engine.sum(torch.stack([mask.sum() for *_, mask in batches]).sum().float())
-        for n, batch in enumerate(batches):
+        items = engine.sum(torch.stack([mask.sum() for (*_, mask), _ in batches]).sum().float())
+        for n, (batch, _) in enumerate(batches):
             with engine.micro_batch(last=n == engine.accumulation - 1):
                 loss = engine("text_loss", *batch, items)
                 engine.backward(loss)
             losses.append(loss.detach().float())
+        course.work.learnt([lengths for _, of_batch in batches for lengths in of_batch])
         norms.append(engine.step())
     loss = engine.sum(torch.stack(losses).sum()).item() / len(norms)
     top = (known >= known.quantile(1 - 1 / levels)).float().mean().item()
@@ -109,8 +99,9 @@ def level_of(score: float, known: Tensor, levels: int) -> int:
     return max(1, -(-at_most * levels // len(known)))
 
 
-def _batch(course: Course, told: list[tuple[Told, int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """ids and attention (B, P + T) with prompts padded on the left and responses on the right, and the mask (B, T)."""
+def _batch(course: Course, told: list[tuple[Told, int]]) -> tuple[tuple[Tensor, Tensor, Tensor], list[tuple[int, int]]]:
+    """ids and attention (B, P + T) with prompts padded on the left and responses on the right, and the mask (B, T); and the lengths
+    of rows and responses."""
     pad, device = course.tokenizer.pad_token_id, course.engine.device
     prompts = [conditioned(course, Asked([], "", one.row), level).ids for one, level in told]
     ids, attention = padded(prompts, pad, device)
@@ -119,12 +110,8 @@ def _batch(course: Course, told: list[tuple[Told, int]]) -> tuple[Tensor, Tensor
     mask = torch.tensor(
         [[True] * len(one.tokens) + [False] * (width - len(one.tokens)) for one, _ in told], device=device
     )
-    return torch.cat((ids, after), 1), torch.cat((attention, mask.long()), 1), mask
-
-
-def _responses(rollout: Rollout) -> list[list[int]]:
-    answers = rollout.ids[:, -rollout.mask.shape[1] :]
-    return [row[kept].tolist() for row, kept in zip(answers, rollout.mask)]
+    lengths = [(len(prompt) + len(one.tokens), len(one.tokens)) for prompt, (one, _) in zip(prompts, told)]
+    return (torch.cat((ids, after), 1), torch.cat((attention, mask.long()), 1), mask), lengths
 
 
 def _everywhere(course: Course, x: Tensor) -> Tensor:

@@ -20,8 +20,7 @@ from fastllm.train.online.options import OnlineOptions
 from fastllm.train.online.prompts import Asked, Prompts, places
 from fastllm.train.online.reward import Function, Normaliser
 from fastllm.train.online.rollout import Rollout, ends_of
-
-PARTS = ("rollout", "score", "train")
+from fastllm.train.online.work import PARTS, Work
 
 
 class Clock:
@@ -83,9 +82,12 @@ class Course:
     kl: rl.AdaptiveKL | None = None
     normaliser: Normaliser = field(default_factory=Normaliser)
     memory: dict[str, Any] = field(default_factory=dict)  # of stage conditional
+    conditions: bool = False  # whether prompts are to have a score in them
+    best: tuple[float, int] | None = None  # the highest reward of an evaluation, and the iterations done by then
 
     def __post_init__(self) -> None:
         self.clock = Clock(torch.device(self.engine.device))
+        self.work = Work(self.engine.models)
 
     def next_prompts(self) -> list[Asked]:
         """This process's share of the next prompts, rollout_batch_size over group_size of them."""
@@ -103,6 +105,7 @@ class Course:
         begin = self.read + self.rank * self.micro_batch
         order = places(len(self.texts), self.prompts.seed, begin, self.micro_batch)
         rows = [self.texts[n]["input_ids"] for n in order]
+        self.work.read([len(row) for row in rows])
         self.read += self.world * self.micro_batch
         width, device = max(max(map(len, rows)), 2), self.engine.device
         pad = self.tokenizer.pad_token_id
@@ -116,18 +119,21 @@ class Course:
             group["lr"] = group["full_lr"] * self.schedule.factor if actor or group["of"] != "actor" else 0.0
 
     def told(self, rollout: Rollout, scores: Tensor) -> dict[str, float]:
-        """Figures of a rollout, over all processes."""
+        """Figures of an iteration, over all processes: of its rollout, and of all work since the last."""
         lengths = rollout.mask.sum(-1)
         ended = self._ended(rollout)
+        done = self.work.take()
+        flops = [*(done[part].model for part in PARTS), sum(one.hardware for one in done.values())]
         sums = torch.stack([
             scores.sum(), scores.square().sum(), lengths.sum(), ended.sum(), rollout.attention.sum(),
             torch.tensor(len(rollout), device=scores.device),
         ]).double()  # fmt: skip
-        score, squares, tokens, finished, every, count = self.engine.sum(sums).tolist()
+        sums = torch.cat((sums, torch.tensor(flops, dtype=sums.dtype, device=sums.device)))
+        score, squares, tokens, finished, every, count, *flops = self.engine.sum(sums).tolist()
         deviation = max(squares / count - (score / count) ** 2, 0.0) ** 0.5
         return {
             "reward": score / count, "reward_std": deviation, "response_tokens": tokens / count, "finished": finished / count,
-            "samples": count, "tokens": every,
+            "samples": count, "tokens": every, **{f"{name}_flops": n for name, n in zip((*PARTS, "hardware"), flops)},
         }  # fmt: skip
 
     def _ended(self, rollout: Rollout) -> Tensor:
@@ -142,7 +148,7 @@ class Course:
         return {
             "step": self.step, "asked": self.asked, "read": self.read, "schedule": self.schedule.scheduler.state_dict(),
             "factor": self.schedule.factor, "kl": self.kl.state_dict() if self.kl else None,
-            "normaliser": self.normaliser.state_dict(),
+            "normaliser": self.normaliser.state_dict(), "best": self.best,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -152,6 +158,7 @@ class Course:
         if self.kl and state["kl"]:
             self.kl.load_state_dict(state["kl"])
         self.normaliser.load_state_dict(state["normaliser"])
+        self.best = state.get("best")
 
 
 def random_state() -> dict[str, Any]:

@@ -12,8 +12,9 @@ from fastllm.train.online import reward
 from fastllm.train.online.engines import Plain, Zero
 from fastllm.train.online.models import Opinions
 from fastllm.train.online.options import OnlineOptions
+from fastllm.train.online.prompts import Asked
 from fastllm.train.online.reward import Normaliser
-from fastllm.train.online.rollout import Rollout
+from fastllm.train.online.rollout import Rollout, padded
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,19 @@ def scores_of(rollout: Rollout, options: OnlineOptions, call: reward.Function | 
         return found.scores
     prompts, rows = [one.text for one in rollout.asked], [one.row for one in rollout.asked]
     return reward.ask(call, str(options.reward), prompts, rollout.texts, rows).to(rollout.mask.device)
+
+
+@torch.no_grad()
+def scored(
+    engine: Plain | Zero, plain: list[Asked], rollout: Rollout, call: reward.Function | None, name: str, pad: int, chunk: int
+) -> Tensor:  # fmt: skip
+    """(B,) what the reward, or its model where `call` is None, says of the responses to the prompts as they stand in `plain`."""
+    if call is not None:
+        prompts, rows = [one.text for one in plain], [one.row for one in plain]
+        return reward.ask(call, name, prompts, rollout.texts, rows).to(engine.device)
+    whole = [one.ids + tokens for one, tokens in zip(plain, rollout.responses)]
+    parts = [whole[begin : begin + chunk] for begin in range(0, len(whole), chunk)]
+    return torch.cat([engine("score", *padded(rows, pad, engine.device)) for rows in parts]).float()
 
 
 def mean_kl(engine: Plain | Zero, logprobs: Tensor, reference: Tensor, mask: Tensor) -> float:

@@ -22,7 +22,7 @@ from fastllm import rl
 from fastllm.errors import ConfigError
 from fastllm.train import heads, models
 from fastllm.train.config import ModelOptions
-from fastllm.train.heads import HeadInput
+from fastllm.train.heads import HeadInput, bare_model, score_head
 from fastllm.train.online.options import OnlineOptions
 
 
@@ -50,7 +50,7 @@ class Models(nn.Module):
         self.reference = reference if isinstance(reference, nn.Module) else None
         self.without_adapters = reference == "adapters off"
         self.temperature = temperature
-        self.config = _bare(actor).config  # which transformers' DeepSpeed settings are completed by
+        self.config = bare_model(actor).config  # which transformers' DeepSpeed settings are completed by
         for frozen in (self.reference, self.reward):
             if frozen is not None:
                 frozen.requires_grad_(False)
@@ -78,7 +78,7 @@ class Models(nn.Module):
         if self.reward is None:
             return None
         every = score_head(self.reward)(hidden_states(self.reward, ids, attention)).squeeze(-1)
-        pad = _bare(self.reward).config.get_text_config().pad_token_id
+        pad = bare_model(self.reward).config.get_text_config().pad_token_id
         return rl.sequence_scores(every, attention.bool() if pad is None else attention.bool() & (ids != pad))
 
     # ---- with gradients ----------------------------------------------------------------------------------------------
@@ -148,23 +148,14 @@ class Models(nn.Module):
 
 def head_input(model: Any, ids: Tensor, attention: Tensor, mask: Tensor) -> HeadInput:
     """What reaches the LM head at the states (B, T) before the response tokens."""
-    found = heads.hidden_states(model, model, **_inputs(_bare(model), ids, attention))
+    found = heads.hidden_states(model, model, **_inputs(bare_model(model), ids, attention))
     return replace(found, hidden=_of_response(found.hidden, mask))
 
 
 def hidden_states(classifier: Any, ids: Tensor, attention: Tensor) -> Tensor:
     """(B, L, C) of a classifier's last layer, which its score head reads."""
-    body = _bare(classifier).base_model
+    body = bare_model(classifier).base_model
     return body(**_inputs(body, ids, attention), use_cache=False).last_hidden_state
-
-
-def score_head(model: Any) -> nn.Module:
-    """The layer of a sequence classifier that makes one number of a hidden state."""
-    bare = _bare(model)
-    found = [m for m in bare.children() if m is not bare.base_model]
-    if len(found) != 1:
-        raise ConfigError(f"{type(bare).__name__} does not tell which of its layers gives the score")
-    return found[0]
 
 
 def _inputs(model: Any, ids: Tensor, attention: Tensor) -> dict[str, Tensor]:
@@ -174,11 +165,6 @@ def _inputs(model: Any, ids: Tensor, attention: Tensor) -> dict[str, Tensor]:
         return {"input_ids": ids, "attention_mask": attention}
     positions = (attention.long().cumsum(-1) - 1).clamp(min=0)
     return {"input_ids": ids, "attention_mask": attention, "position_ids": positions}
-
-
-def _bare(model: Any) -> Any:
-    """The transformers model in a PeftModel."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def _of_response(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -264,9 +250,10 @@ def _classifier(name: str, key: str, options: ModelOptions, tokenizer: Any, lora
             model = models.load_whole(kind, name, new_head=not trained, num_labels=1, dtype=dtype)
     except Exception as error:
         raise ConfigError(f"{key}: {models._first_line(error)}") from error
+    head = score_head(model)
     if not trained:  # values begin at 0
-        with _gathered(list(score_head(model).parameters())), torch.no_grad():
-            for parameter in score_head(model).parameters():
+        with _gathered(list(head.parameters())), torch.no_grad():
+            for parameter in head.parameters():
                 parameter.zero_()
     if lora:
         model = models._with_adapters(model, lora, "SEQ_CLS")

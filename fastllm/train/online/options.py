@@ -16,7 +16,8 @@ HEARD = frozenset({
     "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "tf32", "activation_checkpointing",
     "gradient_checkpointing", "logging_steps", "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id",
     "trackio_bucket_id", "trackio_static_space_id", "save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint", "seed",
-    "data_seed", "use_cpu", "profile", "deepspeed", "zero_stage", "offload", "ddp_backend", "ddp_timeout",
+    "data_seed", "use_cpu", "profile", "deepspeed", "zero_stage", "offload", "ddp_backend", "ddp_timeout", "eval_steps", "eval_strategy",
+    "eval_on_start", "save_on_each_node",
 })  # fmt: skip
 
 
@@ -26,6 +27,9 @@ class OnlineOptions:
 
     reward: str | None = field(
         default=None, metadata={"help": "a reward model (folder or Hub name), or a Python function, module:function"}
+    )
+    eval_reward: str | None = field(
+        default=None, metadata={"help": "what scores answers to eval_data, module:function; default: reward"}
     )
     preset: Literal["ppo_max"] | None = field(default=None, metadata={"help": "stage ppo: defaults of a recipe"})
     rollout_batch_size: int | None = field(
@@ -94,7 +98,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 KEYS = frozenset(f.name for f in fields(OnlineOptions))
-_SHARED = {"reward", "rollout_batch_size", "rollout_chunk_size", "max_new_tokens", "temperature"}  # by both stages
+_SHARED = {
+    "reward",
+    "eval_reward",
+    "rollout_batch_size",
+    "rollout_chunk_size",
+    "max_new_tokens",
+    "temperature",
+}  # by both stages
 _OF_CONDITIONAL = {"score_levels", "pool_iterations"}
 _OF_GAE = {
     "critic",
@@ -145,13 +156,14 @@ def check(values: dict[str, Any]) -> None:
         return
     if not values.get("reward"):
         raise ConfigError(f"stage {stage} needs reward: a reward model, or a Python function written module:function")
-    for key in ("packing", "train_on_prompt", "eval_data"):
+    for key in ("packing", "train_on_prompt"):
         if values.get(key):
             raise ConfigError(f"{key} does not belong to stage {stage}, whose data are prompts")
     if values.get("fp16"):
         raise ConfigError(f"fp16 does not belong to stage {stage}, which scales no loss: give bf16")
     if values.get("save_strategy") == "epoch":
         raise ConfigError(f"save_strategy: epoch does not belong to stage {stage}; give save_steps")
+    _check_evaluation(values)
     kind = values.get("advantage", "gae")
     if stage == "conditional" and (wrong := given - _SHARED - _OF_CONDITIONAL):
         raise ConfigError(f"{min(wrong)} belongs to stage ppo, not to conditional")
@@ -192,6 +204,23 @@ def _check_ranges(values: dict[str, Any]) -> None:
     if values.get("max_new_tokens", 128) >= room:
         raise ConfigError(
             f"max_new_tokens ({values.get('max_new_tokens', 128)}) must be below max_length ({room}), which holds prompt and response"
+        )
+
+
+def _check_evaluation(values: dict[str, Any]) -> None:
+    evaluates = values.get("eval_data") is not None
+    if evaluates and not (values.get("eval_steps") or 0) > 0:
+        raise ConfigError("eval_data needs eval_steps: after how many iterations the prompts in it are answered")
+    for key in ("eval_steps", "eval_reward"):
+        if values.get(key) is not None and not evaluates:
+            raise ConfigError(f"{key} needs eval_data, prompts that are not trained on")
+    if values.get("eval_strategy", "steps") != "steps" and evaluates:
+        raise ConfigError(
+            f"eval_strategy: {values['eval_strategy']} does not belong to stage {values['stage']}; give eval_steps"
+        )
+    if ":" not in (values.get("eval_reward") or ":"):
+        raise ConfigError(
+            f"eval_reward must be a Python function written module:function, got {values['eval_reward']!r}"
         )
 
 

@@ -38,19 +38,20 @@ class Prompts:
         sources: files and folders of .jsonl, .parquet.
         max_length: of a prompt, in tokens; a longer one loses its beginning.
         on_bad_row: "error" or "skip", as in ``data.prepare``.
-        memory: a folder where hashes of files are remembered. seed: of the order.
+        memory: a folder where hashes of files are remembered. seed: of the order. key: of the configuration, for messages.
 
     Raises:
         DataError: nothing to read, bad rows with "error", no good row.
     """
 
     def __init__(
-        self, sources: str | list[str], encoder: Encoder, *, max_length: int, on_bad_row: str, memory: str | os.PathLike[str], seed: int
+        self, sources: str | list[str], encoder: Encoder, *, max_length: int, on_bad_row: str, memory: str | os.PathLike[str], seed: int,
+        key: str = "data",
     ) -> None:  # fmt: skip
         self.encoder, self.max_length, self.seed = encoder, max_length, seed
         self.report = Report()
         self.rows: list[Asked] = []
-        paths = files.find(sources)
+        paths = files.find(sources, key)
         folder = Path(memory)
         folder.mkdir(parents=True, exist_ok=True)
         told = [files.digest(path, folder) for path in paths]
@@ -72,11 +73,11 @@ class Prompts:
                 totals.tokens += min(len(asked.ids), max_length)
                 self.rows.append(Asked(asked.ids[-max_length:], asked.text, asked.row))
         if self.report.bad and on_bad_row == "error":
-            raise self.report.refused("data")
+            raise self.report.refused(key)
         if self.report.bad and os.environ.get("RANK", "0") == "0":
-            print(f"warning: data: {self.report.told()}", file=sys.stderr)
+            print(f"warning: {key}: {self.report.told()}", file=sys.stderr)
         if not self.rows:
-            raise DataError(f"data is empty: there is no prompt in {', '.join(map(str, paths[:3]))}")
+            raise DataError(f"{key} is empty: there is no prompt in {', '.join(map(str, paths[:3]))}")
 
     def _asked(self, value: dict[str, Any]) -> Asked:
         messages = messages_of(value)

@@ -19,7 +19,7 @@ from fastllm.errors import ConfigError, DataError
 Function = Callable[[Sequence[str], Sequence[str], Sequence[dict[str, Any]]], Sequence[float]]
 
 
-def function(name: str) -> Function:
+def function(name: str, key: str = "reward") -> Function:
     """The function that ``module:function`` names; modules beside which the command runs are found too.
 
     Raises:
@@ -32,10 +32,10 @@ def function(name: str) -> Function:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # a module of the user's may fail in any way
         raise ConfigError(
-            f"reward: cannot import {name}: {' '.join(str(error).split()) or type(error).__name__}"
+            f"{key}: cannot import {name}: {' '.join(str(error).split()) or type(error).__name__}"
         ) from error
     if not callable(found):
-        raise ConfigError(f"reward: {name} is no function but {type(found).__name__}")
+        raise ConfigError(f"{key}: {name} is no function but {type(found).__name__}")
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,6 +30,18 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.mask)
 
+    @cached_property
+    def responses(self) -> list[list[int]]:
+        """The tokens of each response."""
+        answers = self.ids[:, -self.mask.shape[1] :]
+        return [row[kept].tolist() for row, kept in zip(answers, self.mask)]
+
+    @cached_property
+    def lengths(self) -> list[tuple[int, int]]:
+        """Of each row the tokens of prompt and response, and those of the response."""
+        both = torch.stack((self.attention.sum(-1), self.mask.sum(-1)), -1)
+        return [(whole, answered) for whole, answered in both.tolist()]
+
     def rows(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor, slice]:
         """ids, attention and mask of some rows without the columns that are padding in all of them, and those kept of T."""
         ids, attention, mask = self.ids[index], self.attention[index], self.mask[index]
@@ -41,13 +54,21 @@ class Rollout:
 
 @torch.no_grad()
 def sample(
-    engine: Plain | Zero, tokenizer: Any, asked: list[Asked], *, chunk: int, max_new_tokens: int, temperature: float
+    engine: Plain | Zero,
+    tokenizer: Any,
+    asked: list[Asked],
+    *,
+    chunk: int,
+    max_new_tokens: int,
+    temperature: float | None,
 ) -> Rollout:
-    """A response to every prompt, sampled from the actor; `chunk` of them at a time. Weights are gathered once for all."""
+    """A response to every prompt, sampled from the actor, `chunk` of them at a time; with temperature None the likeliest token each
+    time. Weights are gathered once for all."""
     actor = engine.models.actor
     pad, ends = tokenizer.pad_token_id, ends_of(actor, tokenizer)
+    drawn: dict[str, Any] = {} if temperature is None else {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     how = transformers.GenerationConfig(
-        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=max_new_tokens,
+        do_sample=temperature is not None, **drawn, repetition_penalty=1.0, max_new_tokens=max_new_tokens,
         eos_token_id=ends, pad_token_id=pad, bos_token_id=tokenizer.bos_token_id,
     )  # fmt: skip
     engine.models.eval()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastllm.errors import CheckpointError
-from fastllm.train import checkpoint, models
+from fastllm.train import checkpoint, models, together
 from fastllm.train.config import ModelOptions
 from fastllm.train.online.course import Course, random_state, set_random_state
 
@@ -27,16 +27,17 @@ def save(course: Course, run: Path, keep: int | None, *, writes: bool) -> None:
     with checkpoint.written_whole(folder, writes=writes, together=_together(course)) as aside:
         with course.engine.whole():
             if writes:
-                course.engine.models.actor.save_pretrained(aside)
-                course.tokenizer.save_pretrained(aside)
+                models.export(course.engine.models.actor, course.tokenizer, aside, "adapter")
         course.engine.save(aside, writes=writes)
         torch.save({"random": random_state(), "memory": course.memory}, aside / f"process-{course.rank}.pt")
         if writes:
             torch.save({**course.state_dict(), "world": course.world}, aside / _COURSE)
-            told = {"global_step": course.step, "prompts": course.asked}
+            told: dict[str, Any] = {"global_step": course.step, "prompts": course.asked}
+            if course.best:
+                told |= {"best_metric": course.best[0], "best_global_step": course.best[1]}
             (aside / checkpoint.STATE).write_text(json.dumps(told), encoding="utf-8")
     if writes:
-        checkpoint.rotate(run, keep, None)
+        checkpoint.rotate(run, keep, run / f"{checkpoint.NAME}{course.best[1]}" if course.best else None)
 
 
 def load(course: Course, folder: Path) -> None:
@@ -75,20 +76,13 @@ def _together(course: Course) -> Any:
 
 
 def _check_space(course: Course, run: Path, writes: bool) -> None:
-    """On the process that writes; all stop where it finds no room."""
-    problem = ""
-    if writes:
+    """On every process that writes; all stop where one finds no room."""
+
+    def check() -> None:
         earlier = checkpoint.complete(run)
-        try:
-            checkpoint.check_space(run, checkpoint.size_on_disk(earlier[-1]) if earlier else _bytes_to_save(course))
-        except CheckpointError as error:
-            problem = str(error)
-    if course.world > 1:
-        told = [problem]
-        torch.distributed.broadcast_object_list(told, src=0)
-        problem = told[0]
-    if problem:
-        raise CheckpointError(problem)
+        checkpoint.check_space(run, checkpoint.size_on_disk(earlier[-1]) if earlier else _bytes_to_save(course))
+
+    together.agree(check, here=writes)
 
 
 def _bytes_to_save(course: Course) -> int:

@@ -12,6 +12,7 @@ from fastllm import rl
 from fastllm.train.online.engines import Plain, Zero
 from fastllm.train.online.experience import Experience
 from fastllm.train.online.options import OnlineOptions
+from fastllm.train.online.work import Work
 
 # Statistics that are sums over micro-batches and processes, because num_items is of the whole mini-batch.
 _SUMS = ("policy_loss", "value_loss", "entropy", "kl", "ptx_loss")
@@ -19,19 +20,22 @@ Texts = Callable[[], tuple[Tensor, Tensor, Tensor]]  # ids, attention and mask o
 
 
 def update(
-    engine: Plain | Zero, experience: Experience, options: OnlineOptions, micro_batch: int, *, warming: bool, texts: Texts | None
+    engine: Plain | Zero, experience: Experience, options: OnlineOptions, micro_batch: int, work: Work, *, warming: bool,
+    texts: Texts | None,
 ) -> dict[str, float]:  # fmt: skip
     """Trains on `experience`; means of the losses' statistics, `updates` made and whether it `stopped` early.
 
     Args:
         micro_batch: responses at once; engine.accumulation of them are a mini-batch, an update.
+        work: counts the FLOPs.
         warming: train the critic alone.
         texts: of stage ppo's pretraining loss.
     """
     engine.models.train()
     rows, stats = experience.rollout, _Stats()
     for _ in range(options.ppo_epochs):
-        for mini in torch.randperm(len(rows)).to(rows.ids.device).split(micro_batch * engine.accumulation):
+        for order in torch.randperm(len(rows)).split(micro_batch * engine.accumulation):
+            mini, lengths = order.to(rows.ids.device), [rows.lengths[n] for n in order.tolist()]
             items = engine.sum(_items(rows.mask[mini], options))
             mixed = [texts() for _ in range(engine.accumulation)] if texts and not warming else []
             text_items = engine.sum(sum(mask.sum() for *_, mask in mixed)) if mixed else None  # type: ignore[arg-type]
@@ -41,10 +45,12 @@ def update(
                     loss, found = losses(engine, experience, index, items, options, warming=warming, texts=given)
                     # Before any backward pass of this mini-batch, so that there are no gradients to drop.
                     if n == 0 and not warming and _far(found, rows.mask[index], options):
+                        work.looked(lengths[:micro_batch])
                         return stats.means(engine) | {"stopped": 1.0}
                     engine.backward(loss)
                     stats.add(found)
             stats.updated(engine.step())
+            work.learnt(lengths, actor=not warming)
     return stats.means(engine) | {"stopped": 0.0}
 
 

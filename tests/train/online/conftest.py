@@ -37,8 +37,9 @@ def trained(settings, **more):
 
 
 TIMES = ("samples_per_s", "tgs", "step_s", "rollout_s", "score_s", "train_s", "peak_memory_gb")
+RATES = ("tflops", "hardware_tflops", "rollout_tflops", "score_tflops", "train_tflops")
 
 
 def timeless(lines):
     """A log without what the clock says."""
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+    return [{name: value for name, value in line.items() if name not in TIMES + RATES} for line in lines]

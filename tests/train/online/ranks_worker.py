@@ -1,8 +1,9 @@
 """Run by a launcher: trains stage ppo under each way named, stops half way, resumes, and prints what came of it.
 
-    deepspeed --num_accelerators 2 ranks_worker.py CONFIG WAY...      WAY: 2 or 3 (ZeRO), or "ddp"
+    deepspeed --num_accelerators 2 ranks_worker.py CONFIG WAY...      WAY: 2 or 3 (ZeRO), or "ddp", the last
 
-Rank 0 prints a JSON line per way: {"way", "whole": log, "resumed": log, "final": folder, "gathers": of all weights, by iteration}.
+MACHINE in CONFIG's output_dir is the number of the machine. Rank 0 prints a JSON line per way: {"way", "whole": log, "resumed": log,
+"folder", "gathers": of all weights, by iteration}.
 """
 
 import json
@@ -23,7 +24,8 @@ def train(values: dict) -> tuple[Run, list[dict]]:
     run = Run(config.parse(values))
     run.go()
     torch.distributed.barrier()
-    return run, [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    log = run.folder / "metrics.jsonl"
+    return run, [json.loads(line) for line in log.read_text().splitlines()] if os.environ["RANK"] == "0" else []
 
 
 def main() -> None:
@@ -40,7 +42,8 @@ def main() -> None:
     engines.Zero.whole = counted
     for way in arguments[1:]:
         gathered.clear()
-        mine = {**values, "output_dir": str(Path(values["output_dir"]) / way)}
+        place = values["output_dir"].replace("MACHINE", os.environ.get("GROUP_RANK", "0"))
+        mine = {**values, "output_dir": str(Path(place) / way)}
         if way != "ddp":
             mine["zero_stage"] = int(way)
         run, whole = train(mine)

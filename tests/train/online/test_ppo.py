@@ -1,15 +1,18 @@
 """Stage ppo on a reward that anyone can check, the share of digits in the answer."""
 
 import math
+import random
 
 import pytest
 import torch
 
 from fastllm.train import config
+from fastllm.train.examples import share_of_digits
 from fastllm.train.online import experience, reward
 from fastllm.train.online.options import settled
 from fastllm.train.online.rollout import ends_of, padded, response_mask, sample
 from fastllm.train.online.run import Run
+from fastllm.train.run import Run as TrainerRun
 
 from .conftest import trained
 
@@ -20,11 +23,10 @@ transformers = pytest.importorskip("transformers")
     "more",
     [
         {"advantage": "gae"},
-        {"advantage": "gae", "preset": "ppo_max", "critic_warmup_steps": 2, "ptx_coef": 0, "kl_coef": 0.002},
         {"advantage": "grpo", "kl_loss_coef": 0.001},
         {"advantage": "reinforce++"},
     ],
-    ids=["gae", "ppo_max", "grpo", "reinforce++"],
+    ids=["gae", "grpo", "reinforce++"],
 )
 def test_the_reward_rises(settings, more):
     settings = {**settings, "rollout_batch_size": 32, "per_device_train_batch_size": 16, "max_steps": 14, **more}
@@ -143,6 +145,12 @@ def test_a_reward_model_scores_as_it_does_in_transformers_and_the_critic_begins_
     assert torch.equal(course.engine.models.critic.score.weight, judge.score.weight)
     assert found.values.abs().max() > 0
     assert not any(p.requires_grad for p in course.engine.models.reward.parameters())
+
+
+def test_a_critic_may_begin_as_a_configuration(settings):
+    own = {"model": settings["model"] + "/config.json", "tokenizer": settings["model"], "from_scratch": True}
+    _, result, _ = trained(settings, **own, max_steps=1, save_strategy="no")
+    assert result.steps == 1
 
 
 def test_normalised_scores_have_the_moments_of_all_so_far():
@@ -280,3 +288,42 @@ def test_defaults_depend_on_the_advantage():
     preset = config.parse({**given, "preset": "ppo_max", "pretrain_data": "t", "reward_clip": 2.0})
     assert (preset.online.normalize_rewards, preset.online.reward_clip, preset.online.ptx_coef) == (True, 2.0, 0.1)
     assert preset.arguments.max_grad_norm == 1.0
+
+
+# ---- the whole road --------------------------------------------------------------------------------------------------
+
+
+def test_a_reward_model_that_saw_pairs_alone_teaches_what_they_prefer(settings, write):
+    """Digits are preferred to any other bytes; that they become more frequent is checked by counting them."""
+    chance = random.Random(0)
+    answer = lambda letters: "".join(chance.choices(letters, k=chance.randint(1, 8)))  # noqa: E731
+    every = "".join(chr(n) for n in range(33, 127))
+    pairs = [{"prompt": f"Say {n}", "chosen": answer("0123456789"), "rejected": answer(every)} for n in range(200)]
+    learnt = {
+        "stage": "rm", "data": str(write("pairs.jsonl", pairs)), "max_length": 64, "max_steps": 40, "num_train_epochs": 10,
+        "per_device_train_batch_size": 16, "learning_rate": 1e-2, "lr_scheduler_type": "linear", "save_strategy": "no",
+    }  # fmt: skip
+    judge = TrainerRun(config.parse({**learnt, **{key: settings[key] for key in ("model", "output_dir", "seed")}})).go()
+    shares = {}
+    for name, more in {
+        "ppo": {},
+        "ppo_max": {"preset": "ppo_max", "critic_warmup_steps": 2, "ptx_coef": 0, "max_steps": 16},
+    }.items():
+        sampled = {"rollout_batch_size": 32, "per_device_train_batch_size": 16, "max_steps": 14, "save_strategy": "no"}
+        run = Run(config.parse({**settings, "reward": judge.final, **sampled, "kl_coef": 0.002, **more}))
+        models = run.course.engine.models
+        assert torch.equal(models.critic.score.weight, models.reward.score.weight)
+        before = _digits(run)
+        run.go()
+        shares[name] = (before, _digits(run))
+        assert shares[name][1] > 0.15 + before, shares
+
+
+def _digits(run):
+    """The share of digits in 64 answers."""
+    torch.manual_seed(0)
+    course = run.course
+    found = sample(
+        course.engine, course.tokenizer, course.prompts.at(0, 64), chunk=64, max_new_tokens=8, temperature=1.0
+    )
+    return sum(share_of_digits([], found.texts, [])) / 64
