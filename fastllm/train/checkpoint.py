@@ -216,9 +216,9 @@ def _weights(model: Any) -> dict[str, Any]:
     return peft.get_peft_model_state_dict(model, state_dict=whole, save_embedding_layers=False)
 
 
-def check_same_ranks(checkpoint: Path, processes: int, *, sharded: bool) -> None:
-    """Checks that a checkpoint was written by a Trainer as this run has one, in as many processes, under DeepSpeed or without: what
-    lies in it beside the weights is a part for each.
+def check_same_ranks(checkpoint: Path, processes: int, *, sharded: bool, zero3: bool = False) -> None:
+    """Checks that a checkpoint was written by a Trainer as this run has one, in as many processes, under DeepSpeed or without, and under
+    ZeRO-3 or below it: what lies in it beside the weights is a part for each, cut otherwise under ZeRO-3.
 
     Raises:
         CheckpointError: it was not.
@@ -235,6 +235,10 @@ def check_same_ranks(checkpoint: Path, processes: int, *, sharded: bool) -> None
     if sharded != (under := any(checkpoint.glob("global_step*"))):
         raise CheckpointError(
             f"{checkpoint} was written {'under' if under else 'without'} DeepSpeed, and this run is {'under' if sharded else 'without'} it"
+        )
+    if sharded and zero3 != (was := any(checkpoint.glob("global_step*/zero_pp_rank_*_model_states.pt"))):
+        raise CheckpointError(
+            f"{checkpoint} was written {'under' if was else 'below'} ZeRO-3, and this run is {'under' if zero3 else 'below'} it"
         )
 
 

@@ -69,7 +69,11 @@ class Run:
             def fits() -> None:
                 checkpoint.check_same_model(resumed, model)
                 if not args.save_on_each_node:  # each node has its own part of it then
-                    checkpoint.check_same_ranks(resumed, args.world_size, sharded=args.deepspeed is not None)
+                    zero = getattr(args, "hf_deepspeed_config", None)
+                    zero3 = zero is not None and zero.is_zero3()
+                    checkpoint.check_same_ranks(
+                        resumed, args.world_size, sharded=args.deepspeed is not None, zero3=zero3
+                    )
 
             together.agree(fits, here=args.process_index == 0)
             together.agree(lambda: checkpoint.check_resumable(resumed, rank=args.process_index, world=args.world_size))

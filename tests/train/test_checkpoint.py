@@ -239,3 +239,16 @@ def test_what_torch_says_of_a_full_disk_becomes_one_sentence(tmp_path):
 
 def _saved(tmp_path, step):
     return any((tmp_path / "runs").glob(f"*/checkpoint-{step}"))
+
+
+@pytest.mark.parametrize("zero3", [False, True])
+def test_parts_of_zero_3_are_not_those_of_the_stages_below(tmp_path, zero3):
+    parts = tmp_path / "global_step7"
+    parts.mkdir()
+    for rank in range(2):
+        (tmp_path / f"rng_state_{rank}.pth").touch()
+        (parts / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+        (parts / ("zero_pp_rank_" * zero3 + f"{rank}_" * zero3 + "mp_rank_00_model_states.pt")).touch()
+    checkpoint.check_same_ranks(tmp_path, 2, sharded=True, zero3=zero3)
+    with pytest.raises(CheckpointError, match="under ZeRO-3, and" if zero3 else "below ZeRO-3, and"):
+        checkpoint.check_same_ranks(tmp_path, 2, sharded=True, zero3=not zero3)
