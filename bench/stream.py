@@ -35,10 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     options.add_argument("--device", default="cpu", choices=device.NAMES, help="of the timings (default cpu)")
     chosen = options.parse_args(arguments)
-    try:
-        on = device.find(chosen.device)
-    except device.Absent as error:
-        options.error(f"--device {chosen.device}: {error}")
+    on = suite.found_device(options, chosen.device)
     suite.check_writable(options, chosen.json, chosen.plot)
     record = _before(options, chosen.json) if chosen.only else {}
     record = {"suite": "stream"} | record

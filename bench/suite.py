@@ -34,6 +34,22 @@ def parser(suite: str, description: str) -> Parser:
     return made
 
 
+def found_device(options: Parser, name: str) -> device.Cpu | device.Cuda:
+    """The device of --device; a usage error where there is none."""
+    try:
+        return device.find(name)
+    except device.Absent as error:
+        options.error(f"--device {name}: {error}")
+
+
+def check_fits(options: Parser, shape: str, least: int, on: device.Cpu | device.Cuda) -> None:
+    """A usage error where a --shape needs more bytes than the device has."""
+    if least > on.memory():
+        options.error(
+            f"--shape {shape} needs more than {least / 1e9:.0f} GB, this {on.name} has {on.memory() / 1e9:.0f}"
+        )
+
+
 def check_writable(parser: Parser, file: str | None, folder: str | None = None) -> None:
     """Ends the program before anything is measured when the results could not be written afterwards."""
     try:
@@ -74,10 +90,7 @@ def main(name: str, cases: Sequence[Case], arguments: Sequence[str]) -> int:
     if not rows:
         known = ", ".join(dict.fromkeys(case.op for case in cases))
         options.error(f"no case contains {chosen.only!r}; the ops are {known}")
-    try:
-        on = device.find(chosen.device)
-    except device.Absent as error:
-        options.error(f"--device {chosen.device}: {error}")
+    on = found_device(options, chosen.device)
     check_writable(options, chosen.json, chosen.plot)
 
     warnings.filterwarnings("ignore")  # of peers, about their own insides

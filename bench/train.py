@@ -64,17 +64,11 @@ def main(arguments: Sequence[str]) -> int:
     )  # fmt: skip
     options.add_argument("--device", default="cpu", choices=device.NAMES, help="where the model is (default cpu)")
     chosen = options.parse_args(arguments)
-    try:
-        on = device.find(chosen.device)
-    except device.Absent as error:
-        options.error(f"--device {chosen.device}: {error}")
+    on = suite.found_device(options, chosen.device)
     shape = SHAPES[chosen.shape]
     together = [KINDS] if on.name == "cpu" else [(kind,) for kind in KINDS]
     least = 4 * shape.parameters * len(together[0])  # weights and gradients in bf16, and nothing else
-    if least > on.memory():
-        options.error(
-            f"--shape {chosen.shape} needs more than {least / 1e9:.0f} GB, this {on.name} has {on.memory() / 1e9:.0f}"
-        )
+    suite.check_fits(options, chosen.shape, least, on)
     suite.check_writable(options, chosen.json, chosen.plot)
     runs = QUICK_RUNS if chosen.quick else RUNS
     where, out = machine.describe(on), suite.console()

@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # threads do not survive a fork
 
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from fastllm.train import checkpoint, config
 from fastllm.train.online import state
@@ -26,6 +28,8 @@ from fastllm.train.online.run import Run as OnlineRun
 from fastllm.train.run import Run
 
 torch.set_num_threads(1)
+# The lock of progress bars is shared with forked processes: one that is killed while it holds it stops all that follow.
+tqdm.set_lock(threading.RLock())
 OFFLINE = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", checkpoint.STATE)
 ONLINE = ("model.safetensors", "trained.pt", "course.pt", "process-0.pt", checkpoint.STATE)
 
@@ -57,9 +61,13 @@ def train(run: Run | OnlineRun) -> None:
 
 
 def wait_for(child: int, seen) -> None:
+    end = time.monotonic() + 100
     while not seen():
         if os.waitpid(child, os.WNOHANG)[0]:
             sys.exit("the child ended by itself")
+        if time.monotonic() > end:
+            os.kill(child, signal.SIGKILL)
+            sys.exit("the child has saved nothing for 100 seconds")
         time.sleep(0.0005)
 
 
