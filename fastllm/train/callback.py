@@ -19,7 +19,7 @@ from fastllm.train import metrics
 from fastllm.train.profile import StepProfiler
 from fastllm.train.throughput import CONVENTIONS, StepCost, StepFlops, Throughput, forward_flops, peak_flops
 
-_SHOWN = ("loss", "eval_loss", "eval_perplexity", "reward", "kl", "tgs_real", "samples_per_s", "mfu")
+_SHOWN = ("loss", "eval_loss", "eval_perplexity", "reward", "eval_reward", "kl", "tgs_real", "samples_per_s", "mfu")
 _PARTS = ("data", "forward_backward", "optimizer")
 
 
@@ -407,7 +407,8 @@ class _Bar:
             self.bar.set_postfix_str(text)
             return
         now = time.perf_counter()
-        if now - self.said < 10 and state.global_step < state.max_steps and "eval_loss" not in told:
+        validated = "eval_loss" in told or "eval_reward" in told
+        if now - self.said < 10 and state.global_step < state.max_steps and not validated:
             return
         self.said = now
         done = max(1, state.global_step - self.first)

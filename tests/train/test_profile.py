@@ -236,3 +236,22 @@ def test_an_iteration_of_ppo_is_a_step_too(folder, write, tmp_path, capsys):
             assert min(summary["shares"][kind] for kind in ("matmul", "attention", "optimizer")) > 0
     assert logs[0] == logs[1]
     assert capsys.readouterr().err.count("profile of step 2,") == 1
+
+
+def test_of_an_evaluation_between_iterations_of_ppo_nothing_is_recorded(folder, write, tmp_path):
+    from fastllm.train.online.run import Run as OnlineRun
+
+    prompts = str(write("prompts.jsonl", [{"prompt": f"Say {n}"} for n in range(8)]))
+    settings = {
+        "stage": "ppo", "model": str(folder), "data": prompts, "eval_data": prompts, "eval_steps": 1, "eval_on_start": True,
+        "reward": "fastllm.train.examples:share_of_digits", "output_dir": str(tmp_path / "runs"), "max_length": 64,
+        "max_new_tokens": 4, "rollout_batch_size": 8, "per_device_train_batch_size": 4, "save_strategy": "no", "profile": True,
+    }  # fmt: skip
+    for steps in (1, 3):
+        run = OnlineRun(config.parse({**settings, "max_steps": steps}))
+        run.go()
+        with gzip.open(next((run.folder / "profile").glob("*.gz")), "rt") as file:
+            events = [e for e in json.load(file)["traceEvents"] if e.get("ph") == "X"]
+        (step,) = (e for e in events if e["name"] == trace.STEP and e["cat"] == "user_annotation")
+        before = [e["name"] for e in events if e["name"].startswith("aten::") and e["ts"] < step["ts"]]
+        assert not [name for name in before if name in ("aten::mm", "aten::addmm", "aten::embedding")], steps

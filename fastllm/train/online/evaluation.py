@@ -7,7 +7,7 @@ import math
 import torch
 
 from fastllm.train.online.conditional import conditioned
-from fastllm.train.online.course import Course
+from fastllm.train.online.course import Course, random_state, set_random_state
 from fastllm.train.online.experience import scored
 from fastllm.train.online.prompts import Prompts
 from fastllm.train.online.reward import Function
@@ -16,11 +16,20 @@ from fastllm.train.online.rollout import sample
 
 @torch.no_grad()
 def evaluate(course: Course, prompts: Prompts, call: Function | None, name: str) -> dict[str, float]:
-    """Means over all prompts: `eval_reward` and `eval_response_tokens`. Draws nothing at random.
+    """Means over all prompts: `eval_reward` and `eval_response_tokens`. Training draws afterwards what it would have drawn without:
+    answers are not sampled, and what `call` draws is undone.
 
     Args:
         call: the function that scores, and its name; None for the reward model.
     """
+    before = random_state()
+    try:
+        return _means(course, prompts, call, name)
+    finally:
+        set_random_state(before)
+
+
+def _means(course: Course, prompts: Prompts, call: Function | None, name: str) -> dict[str, float]:
     options, engine, every = course.options, course.engine, prompts.rows
     share = math.ceil(len(every) / course.world)  # of each process, for sharded models run on all of them or on none
     places = range(course.rank * share, (course.rank + 1) * share)

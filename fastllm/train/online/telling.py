@@ -47,8 +47,9 @@ class Telling:
         if args.profile:
             self.profiler = StepProfiler(
                 folder / "profile", course.clock.device, rank=args.process_index, first=course.step + 1,
-                left=steps - course.step, steps=1, warmup=1, tell=self.bar.tell if self.bar else None,
+                left=steps - course.step, steps=1, warmup=1, peak=self.peak, tell=self.bar.tell if self.bar else None,
             )  # fmt: skip
+            self.profiler.pause()
 
     def begin(self) -> None:
         if self.profiler:
@@ -64,6 +65,7 @@ class Telling:
         course = self.course
         if self.profiler:
             self.profiler.stepped()
+            self.profiler.pause()  # an evaluation and a checkpoint may follow
         spent = {f"{name}_s": seconds for name, seconds in course.clock.take().items()}
         work = {name: figures.pop(name) for name in list(figures) if name.endswith("_flops")}
         done = {**spent, **work, "samples": figures.pop("samples"), "tokens": figures.pop("tokens")}
