@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.debug:
             raise
         error = raised.__cause__ if isinstance(raised, _WronglyCalled) else raised
-        if isinstance(error, FastLLMError) and os.environ.get("LOCAL_RANK", "0") != "0":
+        if isinstance(error, FastLLMError) and not error.alone and os.environ.get("LOCAL_RANK", "0") != "0":
             return 1  # the first process has said it
         said = (str(error).strip().splitlines() or [""])[0]
         if not said or not isinstance(error, (FastLLMError, ValueError, TypeError, OSError)):

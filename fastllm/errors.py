@@ -4,6 +4,8 @@
 class FastLLMError(Exception):
     """Base of every error that fastllm raises on its own account."""
 
+    alone = False  # whether of several processes this one may be the only one to know of it
+
 
 class PatchError(FastLLMError):
     """A requested op could not be applied to a model."""

@@ -106,9 +106,11 @@ def written_whole(folder: Path, *, writes: bool, together: Any = None) -> Iterat
         # On a full disk torch and safetensors raise errors of their own, torch's without a word of the disk.
         if isinstance(error, (OSError, RuntimeError)) or type(error).__name__ == "SafetensorError":
             why = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(
+            problem = CheckpointError(
                 f"{folder.name} was not written ({why}; {_bytes(free)} are free); the checkpoints before it are intact"
-            ) from error
+            )
+            problem.alone = True
+            raise problem from error
         raise
     _wait(together)
 

@@ -178,17 +178,38 @@ def _candidates(wanted: str, options: Options) -> dict[tuple[str, str], Path]:
 # ---- what it tells -----------------------------------------------------------------------------------------------
 
 
+# Keys that machines may each have in their own way, but that all have or none.
+_OWN = frozenset({
+    "model", "tokenizer", "chat_template", "data", "eval_data", "pretrain_data", "cache_dir", "output_dir", "deepspeed", "reward",
+    "eval_reward", "critic", "resume_from_checkpoint",
+})  # fmt: skip
+
+
+def check_settings(options: Options) -> None:
+    """Before processes first wait for each other: one that resumes, evaluates or stops elsewhere than the others would wait alone.
+
+    Raises:
+        ConfigError: processes were started with different settings.
+    """
+    given = {key: value for key, value in options.values.items() if value is not None}
+    _check_same({key: "given" if key in _OWN else value for key, value in given.items()})
+
+
 def check_course(options: Options, sets: dict[str, Any]) -> None:
     """Raises: ConfigError: processes were started with different settings or data."""
-    mine = {**_course(options, sets), "model": _prefix(options)}
-    told = together.everywhere((socket.gethostname(), json.loads(json.dumps(mine))))
+    _check_same({**_course(options, sets), "model": _prefix(options)})
+
+
+def _check_same(mine: dict[str, Any]) -> None:
+    told = together.everywhere((socket.gethostname(), _plain(mine)))
     host, first = told[0]
     for number, (other, course) in enumerate(told):
-        for key in first:
-            if course[key] != first[key]:
+        for key in sorted(first.keys() | course.keys()):
+            here, there = first.get(key, "not given"), course.get(key, "not given")
+            if here != there:
                 raise ConfigError(
-                    f"all processes must have one configuration and the same data: {key} is {first[key]} in process 0 ({host}) and "
-                    f"{course[key]} in process {number} ({other})"
+                    f"all processes must have one configuration and the same data: {key} is {here} in process 0 ({host}) and "
+                    f"{there} in process {number} ({other})"
                 )
 
 

@@ -53,6 +53,7 @@ class Run:
     def __init__(self, options: Options) -> None:
         args, data_options = options.arguments, options.data
         self.options = options
+        folder.check_settings(options)
         resolve_in(options)
         transformers.set_seed(args.seed)
         self.tokenizer = models.load_tokenizer(options.model)

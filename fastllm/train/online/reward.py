@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastllm.errors import ConfigError, DataError
+from fastllm.train import together
 
 # (prompts, responses, rows) -> a number for each: the last message of each prompt and each response as texts, and the rows of the
 # data file, which may hold what a check needs to know.
@@ -40,21 +41,27 @@ def function(name: str, key: str = "reward") -> Function:
 
 
 def ask(call: Function, name: str, prompts: list[str], responses: list[str], rows: list[dict[str, Any]]) -> Tensor:
-    """(B,) float32.
+    """(B,) float32. Every process is to call: what fails in one ends all, and the first of them says it.
 
     Raises:
         DataError: the function fails, or does not return a finite number for each response.
     """
-    try:
-        found = [float(value) for value in call(prompts, responses, rows)]
-    except Exception as error:
-        raise DataError(f"reward {name} failed: {type(error).__name__}: {' '.join(str(error).split())}") from error
-    if len(found) != len(responses):
-        raise DataError(f"reward {name} returned {len(found)} numbers for {len(responses)} responses")
-    for value, response in zip(found, responses):
-        if not math.isfinite(value):
-            raise DataError(f"reward {name} returned {value} for the response {response[:60]!r}")
-    return torch.tensor(found)
+
+    def asked() -> Tensor:
+        try:
+            found = [float(value) for value in call(prompts, responses, rows)]
+        except Exception as error:
+            raise DataError(f"reward {name} failed: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        if len(found) != len(responses):
+            raise DataError(f"reward {name} returned {len(found)} numbers for {len(responses)} responses")
+        for value, response in zip(found, responses):
+            if not math.isfinite(value):
+                raise DataError(f"reward {name} returned {value} for the response {response[:60]!r}")
+        return torch.tensor(found)
+
+    scores = together.agree(asked)
+    assert scores is not None
+    return scores
 
 
 class Normaliser:

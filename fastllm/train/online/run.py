@@ -27,7 +27,7 @@ from fastllm.train.online.options import settled
 from fastllm.train.online.prompts import Prompts
 from fastllm.train.online.telling import Telling, every
 from fastllm.train.online.work import PARTS
-from fastllm.train.run import check_optimizer, say_left_aside
+from fastllm.train.run import check_optimizer, gone_if_it_fails, say_left_aside
 
 ITERATIONS: dict[str, Callable[[Course], dict[str, float]]] = {"ppo": ppo.iterate, "conditional": conditional.iterate}
 
@@ -69,6 +69,7 @@ class Run:
     def __init__(self, options: Options) -> None:
         args, data = options.arguments, options.data
         self.options, self.args = options, args
+        folder.check_settings(options)
         resolve_in(options)
         self.micro_batch = args.per_device_train_batch_size
         asked = settled(options.online, self.micro_batch * args.gradient_accumulation_steps)
@@ -104,6 +105,7 @@ class Run:
             raise ConfigError(
                 f"critic_warmup_steps ({asked.critic_warmup_steps}) leaves no iteration of {self.steps} to train the policy"
             )
+        schedule = Schedule(args, self.steps)
         checkpointing = {"gradient_checkpointing_kwargs": {"use_reentrant": False}} if _checkpoints(args) else None
         transformers.set_seed(args.seed)
         learns_values = data.stage == "ppo" and asked.advantage == "gae"
@@ -118,10 +120,11 @@ class Run:
         self.folder = folder.resumed(self.resumed, options) if self.resumed else folder.new(options)
         args.output_dir = str(self.folder)
         args.run_name = args.run_name or self.folder.name
-        engine = engines.make(whole, args, asked.critic_learning_rate, self.steps)
+        with gone_if_it_fails(self.folder, new=not self.resumed):
+            engine = engines.make(whole, args, asked.critic_learning_rate, self.steps)
         self.course = Course(
-            asked, engine, self.tokenizer, prompts, call, Schedule(args, self.steps), self.micro_batch, args.process_index,
-            args.world_size, texts=sets["pretrain_data"].rows if "pretrain_data" in sets else None,
+            asked, engine, self.tokenizer, prompts, call, schedule, self.micro_batch, args.process_index, args.world_size,
+            texts=sets["pretrain_data"].rows if "pretrain_data" in sets else None,
             kl=rl.AdaptiveKL(asked.kl_coef or 0.0, **asked.adaptive_kl) if asked.adaptive_kl else None,
             conditions=data.stage == "conditional",
         )  # fmt: skip

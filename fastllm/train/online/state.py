@@ -46,15 +46,23 @@ def load(course: Course, folder: Path) -> None:
     Raises:
         CheckpointError: it is of another stage, other models or another number of processes.
     """
-    if not (folder / _COURSE).is_file():
-        raise CheckpointError(f"{folder} is no checkpoint of this stage: it has no {_COURSE}")
-    state = checkpoint.load(folder / _COURSE)
-    if state["world"] != course.world:
-        raise CheckpointError(f"{folder} was written by {state['world']} processes, and this run has {course.world}")
+
+    def read() -> tuple[dict[str, Any], dict[str, Any]]:
+        if not (folder / _COURSE).is_file():
+            raise CheckpointError(f"{folder} is no checkpoint of this stage: it has no {_COURSE}")
+        state = checkpoint.load(folder / _COURSE)
+        if state["world"] != course.world:
+            raise CheckpointError(
+                f"{folder} was written by {state['world']} processes, and this run has {course.world}"
+            )
+        # pickled: Python's and numpy's generators have states that safe loading does not know
+        return state, checkpoint.load(folder / f"process-{course.rank}.pt", only_weights=False)
+
+    found = together.agree(read)  # before the engine's load, in which processes wait for each other
+    assert found is not None
+    state, own = found
     course.engine.load(folder)
     course.load_state_dict(state)
-    # pickled: Python's and numpy's generators have states that safe loading does not know
-    own = checkpoint.load(folder / f"process-{course.rank}.pt", only_weights=False)
     course.memory = own["memory"]
     set_random_state(own["random"])
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastllm import rl
+from fastllm.train import together
 from fastllm.train.online.engines import Plain, Zero
 from fastllm.train.online.experience import Experience
 from fastllm.train.online.options import OnlineOptions
@@ -109,6 +110,7 @@ class _Stats:
         for name, value in zip(names, summed):
             means[name] = value / (len(self.norms) if name in _SUMS else len(self.found) * engine.world)
         if "ratio_max" in self.found[0]:
-            means["ratio_max"] = torch.stack([stats["ratio_max"] for stats in self.found]).max().item()
+            mine = torch.stack([stats["ratio_max"] for stats in self.found]).max().item()
+            means["ratio_max"] = torch.tensor(together.everywhere(mine)).max().item()  # which keeps a NaN
         means["grad_norm"] = sum(self.norms) / len(self.norms)
         return means
