@@ -325,8 +325,9 @@ def _check_alone(values: dict[str, Any]) -> None:
         raise ConfigError(
             "export: merged cannot be written under ZeRO-3; merge the run's final adapter with peft afterwards"
         )
-    if values.get("eval_strategy", "no") != "no" and not values.get("eval_data"):
-        raise ConfigError("eval_strategy needs eval_data, the files to validate on")
+    for key in ("eval_strategy", "eval_steps", "eval_on_start"):
+        if values.get(key) not in (None, False, "no") and not values.get("eval_data"):
+            raise ConfigError(f"{key} needs eval_data, the files to validate on")
 
 
 def _check_loggers(asked: Any) -> None:

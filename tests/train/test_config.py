@@ -83,6 +83,8 @@ def test_gradient_checkpointing_has_both_of_its_names():
         ({"deepspeed": "no.json"}, "deepspeed: there is no file no.json"),
         ({"export": "merged"}, "export belongs to runs with lora"),
         ({"eval_strategy": "steps"}, "eval_strategy needs eval_data"),
+        ({"eval_steps": 5}, "eval_steps needs eval_data"),
+        ({"eval_on_start": True}, "eval_on_start needs eval_data"),
         ({"max_steps": 0, "num_train_epochs": 0}, "nothing to train"),
         ({"optim": "adamw_torchy"}, "got 'adamw_torchy'; did you mean 'adamw_torch'?"),
         ({"lr_scheduler_type": "cosin"}, "got 'cosin'; did you mean 'cosine'?"),

@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor
 
 from fastllm import rl
+from fastllm.errors import ConfigError
 from fastllm.train.online.engines import Plain, Zero
 from fastllm.train.online.options import OnlineOptions
 from fastllm.train.online.prompts import Asked, Prompts, places
@@ -44,14 +45,26 @@ class Clock:
 
 
 class Schedule:
-    """transformers' learning-rate schedule, stepped once an iteration, as a factor of every full rate."""
+    """transformers' learning-rate schedule, stepped once an iteration, as a factor of every full rate.
+
+    Raises:
+        ConfigError: lr_scheduler_kwargs that this schedule does not take.
+    """
 
     def __init__(self, args: Any, steps: int) -> None:
         self.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
-        self.scheduler = transformers.get_scheduler(
-            args.lr_scheduler_type, self.optimizer, num_warmup_steps=args.get_warmup_steps(steps), num_training_steps=steps,
-            scheduler_specific_kwargs=args.lr_scheduler_kwargs or {},
-        )  # fmt: skip
+        settings = dict(args.lr_scheduler_kwargs or {})
+        for key in ("min_lr", "lr_end"):  # given as rates; of an optimizer whose rate is 1 they are shares
+            if settings.get(key) is not None:
+                settings[key] = settings[key] / (args.learning_rate or 1.0)
+        try:
+            self.scheduler = transformers.get_scheduler(
+                args.lr_scheduler_type, self.optimizer, num_warmup_steps=args.get_warmup_steps(steps), num_training_steps=steps,
+                scheduler_specific_kwargs=settings,
+            )  # fmt: skip
+        except (TypeError, ValueError) as error:
+            kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+            raise ConfigError(f"lr_scheduler_type {kind}: {' '.join(str(error).split())}") from error
 
     @property
     def factor(self) -> float:
@@ -105,7 +118,6 @@ class Course:
         begin = self.read + self.rank * self.micro_batch
         order = places(len(self.texts), self.prompts.seed, begin, self.micro_batch)
         rows = [self.texts[n]["input_ids"] for n in order]
-        self.work.read([len(row) for row in rows])
         self.read += self.world * self.micro_batch
         width, device = max(max(map(len, rows)), 2), self.engine.device
         pad = self.tokenizer.pad_token_id

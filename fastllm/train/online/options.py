@@ -161,8 +161,10 @@ def check(values: dict[str, Any]) -> None:
             raise ConfigError(f"{key} does not belong to stage {stage}, whose data are prompts")
     if values.get("fp16"):
         raise ConfigError(f"fp16 does not belong to stage {stage}, which scales no loss: give bf16")
-    if values.get("save_strategy") == "epoch":
-        raise ConfigError(f"save_strategy: epoch does not belong to stage {stage}; give save_steps")
+    if (strategy := values.get("save_strategy", "steps")) not in ("steps", "no"):
+        raise ConfigError(f"save_strategy: {strategy} does not belong to stage {stage}; give save_steps")
+    if (schedule := values.get("lr_scheduler_type")) in ("reduce_lr_on_plateau", "greedy"):
+        raise ConfigError(f"lr_scheduler_type: {schedule} follows a loss, which stage {stage} does not give it")
     _check_evaluation(values)
     kind = values.get("advantage", "gae")
     if stage == "conditional" and (wrong := given - _SHARED - _OF_CONDITIONAL):
@@ -211,8 +213,8 @@ def _check_evaluation(values: dict[str, Any]) -> None:
     evaluates = values.get("eval_data") is not None
     if evaluates and not (values.get("eval_steps") or 0) > 0:
         raise ConfigError("eval_data needs eval_steps: after how many iterations the prompts in it are answered")
-    for key in ("eval_steps", "eval_reward"):
-        if values.get(key) is not None and not evaluates:
+    for key in ("eval_steps", "eval_reward", "eval_on_start"):
+        if values.get(key) and not evaluates:
             raise ConfigError(f"{key} needs eval_data, prompts that are not trained on")
     if values.get("eval_strategy", "steps") != "steps" and evaluates:
         raise ConfigError(

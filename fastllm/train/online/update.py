@@ -40,6 +40,7 @@ def update(
             items = engine.sum(_items(rows.mask[mini], options))
             mixed = [texts() for _ in range(engine.accumulation)] if texts and not warming else []
             text_items = engine.sum(sum(mask.sum() for *_, mask in mixed)) if mixed else None  # type: ignore[arg-type]
+            read = [attention.sum(-1) for _, attention, _ in mixed]
             for n, index in enumerate(mini.split(micro_batch)):
                 with engine.micro_batch(last=n == engine.accumulation - 1):
                     given = (*mixed[n], text_items) if mixed else None
@@ -47,11 +48,15 @@ def update(
                     # Before any backward pass of this mini-batch, so that there are no gradients to drop.
                     if n == 0 and not warming and _far(found, rows.mask[index], options):
                         work.looked(lengths[:micro_batch])
+                        if mixed:
+                            work.read(read[0].tolist(), learnt=False)
                         return stats.means(engine) | {"stopped": 1.0}
                     engine.backward(loss)
                     stats.add(found)
             stats.updated(engine.step())
             work.learnt(lengths, actor=not warming)
+            if mixed:
+                work.read(torch.cat(read).tolist())
     return stats.means(engine) | {"stopped": 0.0}
 
 

@@ -50,9 +50,9 @@ class Work:
         if self.models.critic is not None:
             self._add("train", step_flops(self.models.critic, lengths))
 
-    def read(self, lengths: Sequence[int]) -> None:
-        """Texts learnt from by the actor, every token of them."""
-        self._add("train", step_flops(self.models.actor, lengths))
+    def read(self, lengths: Sequence[int], *, learnt: bool = True) -> None:
+        """Texts learnt from by the actor, every token of them; or their forward pass alone."""
+        self._add("train", (step_flops if learnt else forward_flops)(self.models.actor, lengths))
 
     def looked(self, rows: Lengths) -> None:
         """The forward pass of a micro-batch that was not learnt from, because the policy had moved too far."""

@@ -54,6 +54,12 @@ BASE = {"stage": "ppo", "model": "m", "data": "d", "reward": "a:b", "per_device_
         ({"save_only_model": True}, "save_only_model has no effect in stage ppo"),
         ({"stage": "conditional", "torch_compile": True}, "torch_compile has no effect in stage conditional"),
         ({"save_strategy": "epoch"}, "save_strategy: epoch does not belong to stage ppo"),
+        ({"save_strategy": "best"}, "save_strategy: best does not belong to stage ppo"),
+        ({"eval_on_start": True}, "eval_on_start needs eval_data"),
+        (
+            {"eval_data": "v", "eval_steps": 5, "lr_scheduler_type": "reduce_lr_on_plateau"},
+            "lr_scheduler_type: reduce_lr_on_plateau follows a loss",
+        ),
     ],
 )
 def test_keys_and_numbers_that_do_not_fit(more, message):
@@ -74,12 +80,16 @@ def test_keys_and_numbers_that_do_not_fit(more, message):
         ({"critic": "./nowhere"}, "critic: there is no file or folder ./nowhere"),
         ({"data": "TEXTS"}, "a text, where the stage takes prompts"),
         ({"critic_warmup_steps": 4}, "critic_warmup_steps (4) leaves no iteration of 4"),
+        (
+            {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycles": 2}},
+            "lr_scheduler_type cosine: get_cosine_schedule_with_warmup() got an unexpected keyword argument 'cycles'",
+        ),
         ({"max_new_tokens": 8, "max_length": 512}, "max_length is 512, and the model reads 256 tokens"),
     ],
 )
 def test_a_wrong_call_is_one_line_exit_code_2_and_nothing_written(capsys, tmp_path, settings, write, more, message):
     texts = str(write("texts.jsonl", [{"text": "abc"}]))
-    more = {key: {"MODEL": settings["model"], "TEXTS": texts}.get(value, value) for key, value in more.items()}
+    more = {key: {"MODEL": settings["model"], "TEXTS": texts}.get(str(value), value) for key, value in more.items()}
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({**settings, **more}))
     assert cli.main(["train", str(path)]) == 2

@@ -49,6 +49,14 @@ def test_the_best_checkpoint_by_greedy_reward_is_kept_and_a_resumed_run_knows_it
     assert timeless(resumed) == timeless(whole)
 
 
+def test_an_evaluation_takes_nothing_from_what_training_draws_and_is_told(settings, capsys):
+    more = {"save_strategy": "no", "max_steps": 3}
+    logs = [trained(settings, **more, eval_steps=n, eval_reward="tests.train.online.rewards:draws")[2] for n in (1, 3)]
+    assert capsys.readouterr().err.count("eval_reward ") == 3 + 1
+    often, once = ([line for line in timeless(log) if "reward" in line] for log in logs)
+    assert often == once
+
+
 def test_a_reward_model_is_checked_by_a_function_and_conditional_asks_for_the_highest_score(
     settings, folder, tmp_path, tokenizer
 ):
@@ -107,3 +115,32 @@ def test_tflops_are_flops_over_seconds(settings):
         assert line["tflops"] * line["step_s"] == pytest.approx(parts, rel=1e-4)
         assert "mfu" not in line, "a CPU has no published peak"
     assert math.isfinite(result.throughput["tflops"])
+
+
+def test_flops_of_texts_are_of_those_learnt_from_and_a_pass_of_those_only_looked_at(settings, write, monkeypatch):
+    from fastllm.train.online import ppo
+
+    texts = str(write("texts.jsonl", [{"text": f"{n} abc" * (n + 1)} for n in range(9)]))
+    more = {"pretrain_data": texts, "ptx_coef": 0.1, "target_kl": 1e-9, "max_steps": 1}
+    run = Run(config.parse({**settings, **more}))
+    course, drawn = run.course, []
+    following = course._next_texts
+
+    def next_texts():
+        ids, attention, mask = following()
+        drawn.append(attention.sum(-1).tolist())
+        return ids, attention, mask
+
+    monkeypatch.setattr(course, "_next_texts", next_texts)
+    monkeypatch.setattr(course.work, "learnt", lambda *_, **__: None)  # of responses
+    monkeypatch.setattr(course.work, "looked", lambda *_: None)
+    found = ppo.iterate(course)
+    assert (found["updates"], found["stopped"], len(drawn)) == (1, 1, 2)
+    actor = course.engine.models.actor
+    assert found["train_flops"] == pytest.approx(step_flops(actor, drawn[0]).model + forward_flops(actor, drawn[1]))
+
+
+def test_the_least_rate_of_a_schedule_is_a_rate(settings):
+    more = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-3}, "save_strategy": "no"}
+    log = trained(settings, **more, max_steps=3)[2]
+    assert [line["learning_rate"] for line in log if "learning_rate" in line][-1] == pytest.approx(1e-3)
