@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -194,7 +196,8 @@ class Iterations:
             "learning_rate": 1e-6, "lr_scheduler_type": "constant", "output_dir": str(place / "runs"), "save_strategy": "no",
             "cache_dir": str(place / "cache"), "kl_loss_coef": 0.0, "kl_coef": 0.05, "use_cpu": on.name == "cpu",
         }  # fmt: skip
-        self.course = Run(config.parse(values)).course
+        with contextlib.redirect_stderr(io.StringIO()):  # what a run tells its user; errors come as exceptions
+            self.course = Run(config.parse(values)).course
 
     def parameters(self) -> int:
         return sum(p.numel() for p in self.course.engine.models.actor.parameters())

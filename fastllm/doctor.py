@@ -23,6 +23,8 @@ PACKAGES = {
     "triton": "GPU kernels",
     "transformers": "fastllm.patch",
     "deepspeed": "optional",
+    "accelerate": "fastllm train",
+    "datasets": "fastllm train",
     "peft": "optional",
     "flash-attn": "optional peer",
     "xformers": "optional peer",

@@ -19,7 +19,7 @@ from fastllm.train import metrics
 from fastllm.train.profile import StepProfiler
 from fastllm.train.throughput import CONVENTIONS, StepCost, StepFlops, Throughput, forward_flops, peak_flops
 
-_SHOWN = ("loss", "eval_loss", "eval_perplexity", "reward", "eval_reward", "kl", "tgs_real", "samples_per_s", "mfu")
+_SHOWN = ("loss", "eval_loss", "eval_perplexity", "reward", "kl", "eval_reward", "tgs_real", "samples_per_s", "mfu")
 _PARTS = ("data", "forward_backward", "optimizer")
 
 
@@ -402,18 +402,18 @@ class _Bar:
         told = {key: logs[key] for key in _SHOWN if key in logs}
         if not told:
             return
-        text = " ".join(f"{key} {value:,.4g}" for key, value in told.items())
+        text = " ".join(f"{key} {_number(value)}" for key, value in told.items())
         if self.bar is not None:
             self.bar.set_postfix_str(text)
             return
         now = time.perf_counter()
-        validated = "eval_loss" in told or "eval_reward" in told
-        if now - self.said < 10 and state.global_step < state.max_steps and not validated:
+        evaluated = "eval_loss" in told or "eval_reward" in told
+        if now - self.said < 10 and state.global_step < state.max_steps and not evaluated:
             return
         self.said = now
-        done = max(1, state.global_step - self.first)
-        left = (now - self.begun) / done * (state.max_steps - state.global_step)
-        print(f"step {state.global_step}/{state.max_steps} {text} left {_clock(left)}", file=sys.stderr, flush=True)
+        if done := state.global_step - self.first:  # none at an evaluation before the first step
+            text += f" left {_clock((now - self.begun) / done * (state.max_steps - state.global_step))}"
+        print(f"step {state.global_step}/{state.max_steps} {text}", file=sys.stderr, flush=True)
 
     def tell(self, text: str) -> None:
         """Lines above the bar."""
@@ -425,6 +425,11 @@ class _Bar:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def _number(value: float) -> str:
+    """Four digits, and of a large number all before the point: g alone would write 10,640 as 1.064e+04."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def _clock(seconds: float) -> str:

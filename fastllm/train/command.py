@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import transformers
 
 from fastllm.errors import ConfigError
-from fastllm.train import config
+from fastllm.train import checkpoint, config
 from fastllm.train.keys import did_you_mean
 from fastllm.train.online import options as online
 from fastllm.train.online.run import Result as OnlineResult
@@ -45,7 +46,11 @@ def prepare(name: str, overrides: list[str]) -> Run | OnlineRun:
 
 def finish(run: Run | OnlineRun, *, as_json: bool) -> None:
     """Trains, and says on the first process what came of it."""
-    result = run.go()
+    try:
+        result = run.go()
+    except KeyboardInterrupt:
+        _say_what_stays(run.folder)
+        raise
     if os.environ.get("RANK", "0") != "0":
         return
     if as_json:
@@ -64,6 +69,16 @@ def finish(run: Run | OnlineRun, *, as_json: bool) -> None:
     if speed:
         said.append(f"{speed['tgs_real']:,.0f} real tokens per second and device, {speed['tflops']:.3g} TFLOPS")
     print(", ".join(said) + f"\nmodel: {result.final}")
+
+
+def _say_what_stays(folder: Path) -> None:
+    """Of a run that Ctrl-C has ended, on the first process."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    found = checkpoint.complete(folder)
+    after = f"resume_from_checkpoint={folder} goes on from {found[-1].name}" if found else "it has no checkpoint yet"
+    bar = "\n" if sys.stderr.isatty() else ""  # whose line is not ended
+    print(f"{bar}stopped: {after}", file=sys.stderr)
 
 
 def quiet() -> None:

@@ -2,8 +2,8 @@
 
 Names that begin with ``example:`` stand for them in a configuration, and are made when they are first needed:
 
-- ``example:llama``: a Llama of a million parameters, untrained, whose tokens are bytes.
-- ``example:tiny-llama``: one of thirty thousand, for 256 tokens.
+- ``example:llama``: a Llama of 0.8 million parameters, untrained, whose tokens are bytes.
+- ``example:tiny-llama``: one of 24 thousand, for 256 tokens.
 - ``example:sources``, ``example:held-out``: modules of the standard library, as texts.
 - ``example:questions``, ``example:held-out-questions``: "What does json.dumps do?" with the docstring's first line, as conversations.
 - ``example:preferences``, ``example:held-out-preferences``: "How much is 7 plus 5?", where "It is 12." is chosen and "It is twelve."
@@ -89,7 +89,7 @@ def byte_tokenizer() -> Any:
 
 
 def tiny_config(**more: Any) -> Any:
-    """The configuration of the example's Llama: 1.0 M parameters, 1024 tokens."""
+    """The configuration of the example's Llama: 0.76 M parameters, 1024 tokens."""
     from transformers import LlamaConfig
 
     return LlamaConfig(**{

@@ -32,7 +32,7 @@ RENAMED = {
 # What other trainers (TRL, axolotl, LLaMA-Factory, scripts of transformers) call a thing.
 _ELSEWHERE = {
     "model": (
-        "model_name_or_path", "model_name", "model_path", "base_model", "pretrained_model_name_or_path",
+        "model_name_or_path", "model_name", "model_path", "base_model", "pretrained_model_name_or_path", "sft_model_path",
     ),
     "tokenizer": ("tokenizer_name", "tokenizer_path", "tokenizer_name_or_path"),
     "data": ("dataset", "datasets", "dataset_name", "dataset_path", "train_data", "train_file", "train_files", "train_dataset"),
@@ -64,7 +64,16 @@ _ELSEWHERE = {
     "reward": ("reward_model", "reward_funcs", "reward_function", "reward_model_path"),
     "max_new_tokens": ("response_length", "max_completion_length", "max_response_length"),
     "group_size": ("num_generations", "group", "n_samples_per_prompt"),
-    "ppo_epochs": ("num_ppo_epochs",),
+    "ppo_epochs": ("num_ppo_epochs", "num_iterations"),
+    "rollout_chunk_size": ("local_rollout_forward_batch_size",),
+    "rollout_batch_size": ("generation_batch_size",),
+    "clip_low and clip_high": ("cliprange", "clip_range", "epsilon"),
+    "clip_high": ("epsilon_high",),
+    "value_clip": ("cliprange_value",),
+    "value_coef": ("vf_coef",),
+    "kl_coef": ("init_kl_coef",),
+    "critic": ("value_model", "value_model_path"),
+    "level": ("importance_sampling_level",),
     "ptx_coef": ("pretrain_coef", "ptx_weight"),
 }  # fmt: skip
 _OTHERWISE = {  # written in another way

@@ -48,7 +48,9 @@ def check(values: dict[str, Any]) -> None:
     for stage, options in _OF_STAGE.items():
         for key in (f.name for f in fields(options)):
             if values.get(key) is not None and values["stage"] != stage:
-                raise ConfigError(f"{key} belongs to stage {stage}, not to {values['stage']}")
+                # in TRL's GRPO it is the KL to the reference
+                hint = "; see kl_loss_coef and kl_coef" if (key, values["stage"]) == ("beta", "ppo") else ""
+                raise ConfigError(f"{key} belongs to stage {stage}, not to {values['stage']}{hint}")
     loss, smoothing = values.get("loss_type", "sigmoid"), values.get("label_smoothing", 0)
     if values.get("beta") is not None and not values["beta"] > 0:
         raise ConfigError(f"beta must be above 0, got {values['beta']}")

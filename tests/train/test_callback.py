@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from fastllm.train import PackingCollator, PaddingCollator, ThroughputCallback, step_flops
+from fastllm.train import PackingCollator, PaddingCollator, ThroughputCallback, callback, step_flops
 
 transformers = pytest.importorskip("transformers")
 LENGTHS = [5, 9, 3, 12, 7, 8, 4, 10]
@@ -132,3 +132,8 @@ def test_training_twice_leaves_no_hook_behind(tmp_path, llama):
 def test_an_unknown_convention_is_an_error():
     with pytest.raises(ValueError, match="convention must be one of causal, palm, got 'x'"):
         ThroughputCallback(convention="x")
+
+
+def test_figures_on_the_screen_have_no_exponent_below_a_billion():
+    shown = {0.0: "0", 1.23456: "1.235", 999.96: "1000", 1234.5: "1,234", 10642.7: "10,643", 1.5e12: "1.5e+12"}
+    assert {value: callback._number(value) for value in shown} == shown

@@ -6,6 +6,8 @@ import yaml
 from fastllm import ConfigError, cli
 from fastllm.train import config
 
+from . import rewards
+
 pytest.importorskip("transformers")
 
 BASE = {"stage": "ppo", "model": "m", "data": "d", "reward": "a:b", "per_device_train_batch_size": 8}
@@ -60,6 +62,10 @@ BASE = {"stage": "ppo", "model": "m", "data": "d", "reward": "a:b", "per_device_
             {"eval_data": "v", "eval_steps": 5, "lr_scheduler_type": "reduce_lr_on_plateau"},
             "lr_scheduler_type: reduce_lr_on_plateau follows a loss",
         ),
+        ({"vf_coef": 0.1}, "unknown key 'vf_coef'; here that is value_coef"),
+        ({"cliprange": 0.2}, "here that is clip_low and clip_high"),
+        ({"num_iterations": 2}, "here that is ppo_epochs"),
+        ({"beta": 0.04}, "beta belongs to stage dpo, not to ppo; see kl_loss_coef and kl_coef"),
     ],
 )
 def test_keys_and_numbers_that_do_not_fit(more, message):
@@ -122,3 +128,34 @@ def test_the_command_trains_and_reports(capsys, tmp_path, settings):
     assert "2 iterations, reward 0." in out
     assert "samples per second and device (rollout " in out
     assert "samples_per_s" in err
+
+
+@pytest.mark.parametrize(("save_steps", "message"), [(1, "goes on from checkpoint-1"), (2, "it has no checkpoint yet")])
+def test_an_interrupted_run_says_how_it_goes_on(capsys, monkeypatch, tmp_path, settings, save_steps, message):
+    calls = []
+
+    def interrupted(prompts, responses, rows):
+        calls.append(len(responses))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return [0.0] * len(responses)
+
+    monkeypatch.setattr(rewards, "echo", interrupted)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**settings, "reward": "tests.train.online.rewards:echo", "save_steps": save_steps}))
+    assert cli.main(["train", str(path)]) == 130
+    (folder,) = (tmp_path / "runs").iterdir()
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("stopped: ")
+    assert message in said
+    assert (str(folder) in said) == (save_steps == 1)
+
+
+def test_evaluations_are_told_as_they_come(capsys, tmp_path, settings, write):
+    others = str(write("others.jsonl", [{"prompt": "Tell 1"}]))
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**settings, "eval_data": others, "eval_steps": 1, "eval_on_start": True}))
+    assert cli.main(["train", str(path), "max_steps=2"]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "eval_reward" in line]
+    assert [line.split()[1] for line in told] == ["0/2", "1/2", "2/2"]
+    assert ["left" in line for line in told] == [False, True, True]
