@@ -19,7 +19,18 @@ from fastllm.train import metrics
 from fastllm.train.profile import StepProfiler
 from fastllm.train.throughput import CONVENTIONS, StepCost, StepFlops, Throughput, forward_flops, peak_flops
 
-_SHOWN = ("loss", "eval_loss", "eval_perplexity", "reward", "kl", "eval_reward", "tgs_real", "samples_per_s", "mfu")
+_SHOWN = (
+    "loss",
+    "eval_loss",
+    "eval_perplexity",
+    "eval_streaming_perplexity",
+    "reward",
+    "kl",
+    "eval_reward",
+    "tgs_real",
+    "samples_per_s",
+    "mfu",
+)
 _PARTS = ("data", "forward_backward", "optimizer")
 
 

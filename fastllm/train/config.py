@@ -20,7 +20,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from fastllm.errors import ConfigError
-from fastllm.train import keys, losses, zero
+from fastllm.train import endless, keys, losses, zero
 from fastllm.train.losses import DPOOptions, RewardOptions
 from fastllm.train.online import options as online
 
@@ -72,6 +72,9 @@ class DataOptions:
         default=None, metadata={"help": "'plain', 'chatml' or a Jinja file; default: the tokenizer's own"}
     )
     on_bad_row: Literal["error", "skip"] = field(default="error", metadata={"help": "what a malformed row leads to"})
+    streaming: dict[str, Any] | None = field(
+        default=None, metadata={"help": "validate on a text without end too: {sinks: 4, window: 1020, tokens: 16384}"}
+    )
     cache_dir: str | None = field(
         default=None, metadata={"help": "where tokenised data is kept; default: $FASTLLM_CACHE or ~/.cache/fastllm"}
     )
@@ -278,6 +281,8 @@ def _check_alone(values: dict[str, Any]) -> None:
     if stage in PREFERENCES and values.get("train_on_prompt"):
         raise ConfigError(f"train_on_prompt belongs to conversations; stage {stage} compares answers alone")
     online.check(values)
+    if values.get("streaming") is not None:
+        endless.checked(values["streaming"], stage)
     if (values.get("lora") or {}).get("bias", "none") != "none" and stage in ("dpo", "ppo"):
         raise ConfigError(f"lora.bias must be none in stage {stage}, whose reference is the model without its adapters")
     if stage in online.STAGES:
@@ -325,7 +330,7 @@ def _check_alone(values: dict[str, Any]) -> None:
         raise ConfigError(
             "export: merged cannot be written under ZeRO-3; merge the run's final adapter with peft afterwards"
         )
-    for key in ("eval_strategy", "eval_steps", "eval_on_start"):
+    for key in ("eval_strategy", "eval_steps", "eval_on_start", "streaming"):
         if values.get(key) not in (None, False, "no") and not values.get("eval_data"):
             raise ConfigError(f"{key} needs eval_data, the files to validate on")
 

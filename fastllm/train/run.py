@@ -19,6 +19,7 @@ from fastllm.train.config import PREFERENCES, Options
 from fastllm.train.data import Data, prepare
 from fastllm.train.dpo import DPOTrainer
 from fastllm.train.encode import Encoder, use_template
+from fastllm.train.endless import Endless
 from fastllm.train.examples import resolve_in
 from fastllm.train.heads import score_head
 from fastllm.train.mixing import MixedCollator, MixedDataset, MixedSampler
@@ -147,7 +148,8 @@ def _trainer(options: Options, model: Any, tokenizer: Any) -> tuple[type[Trainer
             length = options.data.max_length
             reference = models.load_model(options.model, tokenizer, length, stage=stage, reference=True)
         return DPOTrainer, {"options": options.dpo, "reference": reference}
-    return Trainer, {"pretrain_share": options.data.pretrain_share or 0.5}
+    streaming = None if options.data.streaming is None else Endless(**options.data.streaming)
+    return Trainer, {"pretrain_share": options.data.pretrain_share or 0.5, "streaming": streaming}
 
 
 def _collator(options: Options, tokenizer: Any) -> Any:

@@ -14,7 +14,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import ExportableState
 
 from fastllm.errors import ConfigError, FastLLMError
-from fastllm.train import checkpoint, together
+from fastllm.train import checkpoint, endless, together
 from fastllm.train.mixing import KINDS, MixedDataset, MixedSampler
 from fastllm.train.models import saved_here
 from fastllm.train.packing import Evened
@@ -29,10 +29,13 @@ class Trainer(transformers.Trainer):
 
     Args:
         pretrain_share: of texts in a batch of a MixedDataset.
+        streaming: validate on a text without end too, as `eval_streaming_perplexity`.
     """
 
-    def __init__(self, *args: Any, pretrain_share: float = 0.5, **kwargs: Any) -> None:
-        self.pretrain_share = pretrain_share
+    def __init__(
+        self, *args: Any, pretrain_share: float = 0.5, streaming: endless.Endless | None = None, **kwargs: Any
+    ) -> None:
+        self.pretrain_share, self.streaming = pretrain_share, streaming
         self._evaluated = [0.0, 0.0]  # sum of losses, tokens
         self._apart: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}  # of micro batches: sum of losses, tokens
         self._weights: int | None = None
@@ -144,7 +147,14 @@ class Trainer(transformers.Trainer):
         loss = (both[0] / both[1].clamp_min(1)).item()
         assert output.metrics is not None
         output.metrics.update({f"{prefix}_loss": loss, f"{prefix}_perplexity": perplexity(loss)})
+        if self.streaming:
+            output.metrics[f"{prefix}_streaming_perplexity"] = self._endless(self.streaming)
         return output
+
+    def _endless(self, how: endless.Endless) -> float:
+        """The same on every process, all of which ZeRO-3 needs for a forward pass."""
+        with self.compute_loss_context_manager():
+            return endless.perplexity(self.accelerator.unwrap_model(self.model), self.eval_dataset, how)  # type: ignore[arg-type]
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 

@@ -69,6 +69,13 @@ def test_gradient_checkpointing_has_both_of_its_names():
         ({"data": 3}, "data must be a text or a list, got 3"),
         ({"rope": "yarn"}, "rope must be a mapping, got 'yarn'"),
         ({"rope": {"method": "yarn"}}, "rope needs max_length"),
+        ({"streaming": {"sinks": 4}}, "streaming needs eval_data"),
+        (
+            {"streaming": {"windw": 4}},
+            "streaming has no 'windw', it takes sinks, window, tokens; did you mean 'window'?",
+        ),
+        ({"streaming": {"window": 0}}, "streaming.window must be a whole number, at least 1, got 0"),
+        ({"streaming": {}, "stage": "dpo"}, "streaming belongs to stages pretrain, sft and mixed, not to dpo"),
         ({"dtype": "float8"}, "dtype must be one of float32, bfloat16, float16, got 'float8'"),
         ({"on_bad_row": "ignore"}, "on_bad_row must be one of error, skip, got 'ignore'"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, got 0"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+import fastllm
 from fastllm import CheckpointError, cli
 from fastllm.train import PaddingCollator, checkpoint, config, data, encode, mixing
 from fastllm.train.run import Run
@@ -149,6 +150,24 @@ def test_precision_checkpointing_and_patching_are_settings(settings, more):
     _, _, plain = trained(settings, max_steps=3)
     tolerance = 0.05 if "bf16" in more else 1e-4
     assert log[-1]["loss"] == pytest.approx(plain[-1]["loss"], rel=tolerance)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_validation_on_a_text_without_end_is_that_of_a_stream(settings, chats, packing):
+    asked = {"eval_data": str(chats), "eval_strategy": "steps", "eval_steps": 3, "packing": packing}
+    how = {"sinks": 2, "window": 30, "tokens": 200}
+    run, result, log = trained(settings, **asked, streaming=how)
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    found = {line["step"]: line["eval_streaming_perplexity"] for line in lines if "eval_streaming_perplexity" in line}
+    assert list(found) == [3, 6]
+    model = transformers.AutoModelForCausalLM.from_pretrained(result.final).eval()
+    rows = [row for one in run.trainer.eval_dataset for row in (one if packing else [one])]
+    text = torch.tensor([[token for row in rows for token in row["input_ids"]][:200]])
+    cache = fastllm.StreamingCache(model, 2, 30)
+    assert fastllm.streaming.perplexity(model, text, cache=cache) == pytest.approx(found[6], rel=1e-4)
+    assert cache.evicted > 100
+    _, _, plain = trained(settings, **asked)
+    assert losses(plain) == losses(log), "looking changes nothing"
 
 
 def test_rope_reaches_further_and_the_saved_model_knows(settings):
