@@ -188,9 +188,10 @@ static void policy_of_block(Block& block, const PpoRow& row, const P& policy, Pp
       loss *= w;
       slope *= w;
     }
-    store(grad + j, one_slope ? keep(valid, row_slope) : slope * row_weight, lanes);
+    // A ratio of the sequence is one of its masked tokens, too, and 0 times one that is no number is none.
+    store(grad + j, keep(valid, one_slope ? row_slope : slope * row_weight), lanes);
     losses += loss;
-    cut += keep(valid, clipped);  // a ratio of the sequence is one of its masked tokens, too
+    cut += keep(valid, clipped);
     all += a;
     differences += d;
     k3s += beyond_linear(bounded, token_ratio);

@@ -240,7 +240,8 @@ def _backward_once(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor 
         grads, inputs[3], grad_loss, scale, ctx.wanted[7] and not stored_entropy, Settings(*ctx.how[1:]).entropy_coef
     )
     wanted: list[Tensor | None] = [None] * (_TENSORS + len(ctx.how))
-    each = iter(grads.unbind())
+    # They share one piece of memory, but not a version: who changes one in place has not changed the others.
+    each = iter([grad.data for grad in grads.unbind()])
     for i, x in zip(_LEARNT, learnt):
         if x is not None:
             grad = of_entropy if i == 7 and not stored_entropy else next(each)

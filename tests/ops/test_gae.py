@@ -162,6 +162,13 @@ def test_an_end_takes_nothing_of_what_follows(backend, device, length):
 
 
 @each_backend
+def test_a_nan_reaches_back_however_little_of_a_number_would(backend, device):
+    rewards, values, _ = some(2, 3000)
+    rewards[:, -1] = torch.nan
+    check(rewards, values, backend, device, by_definition, gamma=0.5, lam=0.5)
+
+
+@each_backend
 def test_no_valid_token_and_zero_sizes_give_zeros(backend, device):
     nothing = torch.full((3, 4), torch.nan, device=device)
     with fastllm.use_backend(backend):

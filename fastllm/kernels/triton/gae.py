@@ -15,12 +15,16 @@ from torch import Tensor
 from fastllm.kernels.triton._launch import Configuration, Work, triton_type, warps_for
 
 MAX_BLOCK = 2048
+LEAST = tl.constexpr(2.0**-126)  # the smallest normal number
 
 
 @triton.jit
 def _after(slope_later, offset_later, slope, offset):
-    """The step that does the later token's first. A slope of 0 takes nothing from what follows, not even a NaN."""
-    return slope * slope_later, offset + tl.where(slope == 0.0, 0.0, slope * offset_later)
+    """The step that does the later token's first. A slope of 0 takes nothing from what follows, not even a NaN; a product of
+    slopes that fp32 cannot tell from 0 does."""
+    cut = (slope == 0.0) | (slope_later == 0.0)
+    both = tl.where(cut, 0.0, tl.maximum(slope * slope_later, LEAST))
+    return both, offset + tl.where(slope == 0.0, 0.0, slope * offset_later)
 
 
 @triton.jit
