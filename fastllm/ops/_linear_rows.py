@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastllm.kernels import cpp
 from fastllm.ops import _check, _softmax_rows
+from fastllm.ops._op import is_batched, keeps_graph
 
 # Bytes of logits held at once. Larger chunks add up the weight gradient fewer times, so where that needs an fp32 matrix
 # the buffer may also grow to a quarter of it; and from SPLIT_BYTES on the logits of all tokens are at least two chunks.
@@ -279,10 +280,10 @@ def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     if (
         type(gradient) is not Tensor  # being traced: no memory to speak of
         or torch.compiler.is_compiling()
-        or torch._C._functorch.is_legacy_batchedtensor(factor)  # of is_grads_batched
+        or is_batched(factor)
     ):
         return gradient * factor
-    if not torch._C._autograd._get_current_graph_task_keep_graph():
+    if not keeps_graph():
         return gradient.mul_(factor)
     return torch.mul(gradient, factor, out=_fresh(gradient, gradient.shape, gradient.dtype))
 

@@ -127,7 +127,7 @@ class Op:
             return self.definition(x, *args)
         # Eager calls skip the two crossings between Python and C++ that a gradient registered from Python costs.
         device = x.device.type
-        if backends.forced not in (None, backends.PREFERRED.get(device)):
+        if backends.forced is not None and backends.forced != backends.PREFERRED.get(device):
             return self._dispatch(x, *args)
         if x.dtype not in backends.KERNEL_DTYPES or device not in self._devices:
             return self._dispatch(x, *args)
@@ -226,10 +226,10 @@ _AUTOGRAD = tuple(
 
 
 # Whether the backward pass under way was told to retain the graph.
-_keeps_graph: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
 
 
-def _is_batched(grad: torch.Tensor) -> bool:
+def is_batched(grad: torch.Tensor) -> bool:
     """Whether it is one of torch.vmap, or of is_grads_batched."""
     return torch._C._functorch.is_legacy_batchedtensor(grad) or torch._C._functorch.is_batchedtensor(grad)
 
@@ -248,8 +248,8 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         rule = ctx.op.backward
-        once = ctx.op.backward_once and not (torch.is_grad_enabled() or _keeps_graph())
-        if once and not any(isinstance(g, torch.Tensor) and _is_batched(g) for g in grads):
+        once = ctx.op.backward_once and not (torch.is_grad_enabled() or keeps_graph())
+        if once and not any(isinstance(g, torch.Tensor) and is_batched(g) for g in grads):
             rule, ctx.wanted = ctx.op.backward_once, ctx.needs_input_grad[2:]
         if ctx.forced is None:
             found = rule(ctx, *grads)
