@@ -98,7 +98,7 @@ class ThroughputCallback(TrainerCallback):
         self._peak = peak_flops(args.device, dtype)
         self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
         if self.progress and state.is_world_process_zero:
-            self._bar = _Bar(state.max_steps, state.global_step)
+            self._bar = Bar(state.max_steps, state.global_step)
         if self.profile:
             self._profiler = StepProfiler(
                 Path(args.output_dir) / "profile", args.device, rank=args.process_index, first=state.global_step + 1,
@@ -275,7 +275,7 @@ class ThroughputCallback(TrainerCallback):
         }
         if rates.mfu is not None and rates.hfu is not None:
             figures |= {"mfu": rates.mfu, "hfu": rates.hfu}
-        if (memory := _peak_memory(self._clock.device)) is not None:
+        if (memory := peak_memory(self._clock.device)) is not None:
             figures["peak_memory_gb"] = memory / 1e9
         return {name: float(f"{value:.6g}") for name, value in figures.items()}
 
@@ -371,7 +371,7 @@ class _Clock:
         return one.elapsed_time(other) / 1000 if self.cuda else other - one
 
 
-def _peak_memory(device: torch.device) -> int | None:
+def peak_memory(device: torch.device) -> int | None:
     """Bytes: the most allocated on the GPU, or resident in this process; None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -382,7 +382,7 @@ def _peak_memory(device: torch.device) -> int | None:
         return None
 
 
-class _Bar:
+class Bar:
     """Loss, speed and time left: a bar on a terminal, elsewhere a line now and then."""
 
     def __init__(self, steps: int, done: int) -> None:

@@ -154,7 +154,7 @@ def checkpoint_to_resume(options: Options) -> Path | None:
         return mine[run, folder] if (run, folder) in mine else _root(options).resolve() / run / folder
     if any(lists):
         raise CheckpointError(f"resume_from_checkpoint: {wanted}: no checkpoint is complete on all machines")
-    models._tell(
+    models.say(
         f"no run of this model and stage in {options.arguments.output_dir} has a checkpoint to resume: a new run begins"
     )
     return None

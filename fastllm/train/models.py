@@ -72,7 +72,7 @@ def load_model(
         config.num_labels = 1
         config.get_text_config().pad_token_id = tokenizer.pad_token_id  # the score is read at the last other token
     more: dict[str, Any] = {"dtype": getattr(torch, options.dtype)}
-    tell = _silent if reference else _tell
+    tell = _silent if reference else say
     if options.from_scratch:
         try:
             model = kind.from_config(config, **more)
@@ -209,7 +209,7 @@ def _with_adapters(model: Any, settings: dict[str, Any], task: str) -> Any:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"lora: {_first_line(error)}") from error
     trained, whole = adapted.get_nb_trainable_parameters()
-    _tell(f"LoRA: {trained:,} of {whole:,} parameters are trained")
+    say(f"LoRA: {trained:,} of {whole:,} parameters are trained")
     return adapted
 
 
@@ -217,7 +217,7 @@ def _silent(text: str) -> None:
     pass
 
 
-def _tell(text: str) -> None:
+def say(text: str) -> None:
     """On the first process alone."""
     import os
 

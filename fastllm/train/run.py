@@ -187,7 +187,7 @@ def _read(options: Options, tokenizer: Any) -> dict[str, Data]:
 def _say_beforehand(options: Options, sets: dict[str, Data]) -> None:
     """What the data came to, and keys that have no effect as the run was started."""
     for key, data in sets.items():
-        models._tell(f"{key}: {data.report.summed_up(options.data.max_length)}")
+        models.say(f"{key}: {data.report.summed_up(options.data.max_length)}")
     say_left_aside(options.arguments)
 
 
@@ -195,7 +195,7 @@ def say_left_aside(args: Any) -> None:
     """DeepSpeed's keys, where no launcher has started it."""
     if args.zero_stage is not None and not args.deepspeed:
         offload = "" if args.offload == "none" else f" and offload: {args.offload}"
-        models._tell(
+        models.say(
             f"zero_stage: {args.zero_stage}{offload} left aside: one process without DeepSpeed, unless `deepspeed --module "
             "fastllm.train` starts it"
         )

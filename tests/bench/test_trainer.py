@@ -11,22 +11,23 @@ from .rows import MACHINE
 
 pytest.importorskip("datasets")
 
+SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 300,
+}
+
 
 def test_steps_are_made_one_by_one_and_their_parts_fit_into_them(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", sys.stderr)  # put back afterwards
     monkeypatch.setenv("DS_ACCELERATOR", os.environ.get("DS_ACCELERATOR", "cpu"))
-    shape = {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 48,
-        "vocab_size": 300,
-    }
     rows = [{"prompt": "a" * (5 + 3 * n), "response": "b" * 9} for n in range(12)]
     settings = {"stage": "sft", "max_length": 64, "per_device_train_batch_size": 4, "optim": "sgd"}
     found = {}
     for packing in (False, True):
-        run = trainer.Stepped(tmp_path / str(packing), shape, rows, 3, {**settings, "packing": packing})
+        run = trainer.Stepped(tmp_path / str(packing), SHAPE, rows, 3, {**settings, "packing": packing})
         steps = [run.step() for _ in range(3)]
         for step in steps:
             own = step["whole"] - step["forward"] - step["backward"] - step["optimizer"]
@@ -40,15 +41,8 @@ def test_a_run_that_fails_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", sys.stderr)
     monkeypatch.setenv("DS_ACCELERATOR", os.environ.get("DS_ACCELERATOR", "cpu"))
     monkeypatch.setattr("threading.excepthook", lambda _: None)
-    shape = {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 48,
-        "vocab_size": 300,
-    }
     settings = {"stage": "pretrain", "max_length": 16, "optim": "sgd", "per_device_train_batch_size": 1}
-    run = trainer.Stepped(tmp_path / "x", shape, [{"text": "abc" * 9}] * 4, 2, settings)
+    run = trainer.Stepped(tmp_path / "x", SHAPE, [{"text": "abc" * 9}] * 4, 2, settings)
     run.step()
     run.run.trainer.train_dataset = None
     run.run.trainer.model.forward = lambda **_: 1 / 0

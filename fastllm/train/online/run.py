@@ -95,7 +95,7 @@ class Run:
                     data.pretrain_data, encoder, kind="text", on_bad_row=data.on_bad_row, cache=data.cache_dir, key="pretrain_data"
                 )  # fmt: skip
         room = data.max_length - asked.max_new_tokens
-        models._tell(f"data: {prompts.report.summed_up(room)}")
+        models.say(f"data: {prompts.report.summed_up(room)}")
         say_left_aside(args)
         share = (asked.rollout_batch_size or 0) // (asked.group_size or 1) * args.world_size
         self.steps = (

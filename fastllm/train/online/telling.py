@@ -12,7 +12,7 @@ from transformers.trainer_callback import CallbackHandler, TrainerControl, Train
 
 from fastllm.errors import FastLLMError
 from fastllm.train import metrics
-from fastllm.train.callback import _Bar, _peak_memory
+from fastllm.train.callback import Bar, peak_memory
 from fastllm.train.online.course import Course
 from fastllm.train.online.work import PARTS
 from fastllm.train.profile import StepProfiler
@@ -42,7 +42,7 @@ class Telling:
         self.handler = CallbackHandler(reporters, actor, tokenizer, None, None)
         self.control = TrainerControl()
         self.handler.on_train_begin(args, self.state, self.control)
-        self.bar = _Bar(steps, course.step) if first and bar else None
+        self.bar = Bar(steps, course.step) if first and bar else None
         self.profiler: StepProfiler | None = None
         if args.profile:
             self.profiler = StepProfiler(
@@ -103,7 +103,7 @@ class Telling:
         if self.peak:
             speed |= {"mfu": whole / self.peak, "hfu": hardware / self.peak}
             speed |= {f"{name}_mfu": value / self.peak for name, value in rate.items()}
-        if (memory := _peak_memory(self.course.clock.device)) is not None:
+        if (memory := peak_memory(self.course.clock.device)) is not None:
             speed["peak_memory_gb"] = memory / 1e9
         return {name: float(f"{value:.6g}") for name, value in speed.items()}
 
