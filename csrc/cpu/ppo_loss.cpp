@@ -1,11 +1,13 @@
-// The policy-gradient loss over tokens: one pass that sums the loss and its statistics and writes the gradients, all but
-// their common normaliser, which the backward pass multiplies in. fastllm/ops/_ppo_loss.py holds the definition.
+// The policy-gradient loss over tokens: one pass that sums the loss and its statistics and writes the gradients, over what the
+// loss is divided by: where that is their number, valid tokens are counted first. fastllm/ops/_ppo_loss.py holds the definition.
 //
 // Tokens are worked on in segments that no two rows share where rows matter: where the loss averages over sequences, where
 // the ratio is one a sequence, or where an advantage is. A first look at such rows counts their tokens. Inside a segment all
 // is fp32, a block at a time; across blocks sums are fp64, in an order that depends on shapes and mask alone. What lies
 // between blocks is masked, padding for the most part, and is not read.
 #include "ppo_loss.h"
+
+#include <numeric>
 
 #ifdef FASTLLM_ISA
 namespace fastllm {
@@ -20,19 +22,11 @@ inline Vec keep(Vec valid, Vec x) { return where_less(Vec(0.f), valid, x, Vec(0.
 inline Vec clamp(Vec x, Vec lowest, Vec highest) { return min(highest, max(lowest, x)); }
 inline Vec negative(Vec x) { return Vec(0.f) - x; }
 
-// e^x - 1 - x, given e^x: below 1/2, where that difference would cancel, its series, to 4e-8 of it.
-inline Vec beyond_linear(Vec x, Vec e) {
-  Vec s(1.f / 40320);
-  for (const float c : {1.f / 5040, 1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2}) s = fma(s, x, Vec(c));
-  const Vec square = x * x;
-  return where_less(square, Vec(0.25f), square * s, (e - Vec(1.f)) - x);
-}
-
 // A block of tokens: which are valid, and its columns as fp32, in place or converted.
 struct Block {
   const PpoLoss& p;
   PpoStretch upcoming;
-  int64_t row, at = 0, n = 0, ahead = 0;  // this block: at .. at + n; the next one that will be wanted begins at at + ahead
+  int64_t row, at = 0, n = 0, ahead = 0, ahead_n = 0;  // this block: at .. at + n; the next one wanted: ahead_n from at + ahead
   bool more;
   alignas(64) float valid[BLOCK];
   alignas(64) float room[4][BLOCK];
@@ -44,7 +38,9 @@ struct Block {
     at = upcoming.at, n = upcoming.n;
     more = upcoming.next(BLOCK);
     PpoStretch beyond{p.mask, upcoming.end, p.tokens};  // a thread goes on where this stretch of tokens ends
-    ahead = more ? upcoming.at - at : beyond.next(BLOCK) ? beyond.at - at : 0;
+    const PpoStretch* coming = more ? &upcoming : beyond.next(BLOCK) ? &beyond : nullptr;
+    ahead = coming ? coming->at - at : 0, ahead_n = coming ? coming->n : 0;
+    for (int64_t j = n; j < ahead_n; j += 16) prefetch(j);  // a longer block than this, whose loads will not call for all of it
     for (int64_t j = 0; j < n; ++j) valid[j] = p.mask[at + j] ? 1.f : 0.f;
     return true;
   }
@@ -62,9 +58,15 @@ struct Block {
     return out;
   }
   // A load, and word to the cache of the next block's, which the processor cannot foresee where masked tokens lie between.
-  Vec load(const float* p, int lanes) const {
-    __builtin_prefetch(p + ahead);
-    return FASTLLM_ISA::load(p, lanes);
+  Vec load(const float* column, int64_t j, int lanes) const {
+    __builtin_prefetch(column + j + (j < ahead_n ? ahead : 0));
+    return FASTLLM_ISA::load(column + j, lanes);
+  }
+  void prefetch(int64_t j) const {  // of the next block, of each column that is read in place, the line of token j
+    for (const PpoColumn* c : {&p.logprobs, &p.old_logprobs, &p.advantages, &p.values, &p.old_values, &p.returns, &p.entropy,
+                               &p.ref_logprobs, &p.weights}) {
+      if (c->data && !c->by_row && c->dtype == Dtype::f32) __builtin_prefetch((const float*)c->data + at + ahead + j);
+    }
   }
   double sum_valid() const {
     Vec total = 0.f;
@@ -123,12 +125,22 @@ static void with_policy(const PpoLoss& p, F&& f) {
   return p.dual_clip ? f(Policy<ppo, true>(p)) : f(Policy<ppo, false>(p));
 }
 
+static int64_t count_valid(const uint8_t* mask, int64_t n) {
+  int64_t count = 0;
+  for (int64_t at = 0; at < n; at += 4096) {
+    int32_t some = 0;
+    for (int64_t j = at; j < std::min(at + 4096, n); ++j) some += mask[j] != 0;
+    count += some;
+  }
+  return count;
+}
+
 // Valid tokens, and the sum of their log-ratios if the ratio is one a sequence.
 void ppo_row_sums(const PpoLoss& p, int64_t begin, int64_t end, double* count, double* log_ratio) {
+  *count += double(count_valid(p.mask + begin, end - begin));
+  if (!p.by_sequence) return;
   Block block(p, begin, end, 0);
   while (block.next()) {
-    *count += block.sum_valid();
-    if (!p.by_sequence) continue;
     const float *logp = block.column(p.logprobs, 0), *old = block.column(p.old_logprobs, 1);
     Vec total = 0.f;
     for_each_vector(block.n, [&](int64_t j, int lanes) {
@@ -169,14 +181,15 @@ static void policy_of_block(Block& block, const PpoRow& row, const P& policy, Pp
   const float* advantages = block.column(p.advantages, 2);
   const float* weights = p.weights.data ? block.column(p.weights, 3) : nullptr;
   float* grad = p.grad_logprobs + block.at;
-  const Vec row_ratio = exp(clamp(Vec(row.log_ratio), Vec(-BOUND), Vec(BOUND))), row_weight = row.weight;
-  const Vec row_slope = row.slope * row.weight;
+  const Vec row_ratio = exp(clamp(Vec(row.log_ratio), Vec(-BOUND), Vec(BOUND))), share = row.share;
+  const Vec row_slope = row.slope * row.share;
   const bool one_slope = p.by_sequence && p.variant == ppo;
   Vec losses = 0.f, cut = 0.f, ratios = 0.f, highest = 0.f, differences = 0.f, k3s = 0.f, all = 0.f;
   for_each_vector(block.n, [&](int64_t j, int lanes) {
-    const Vec valid = load(block.valid + j, lanes), a = keep(valid, block.load(advantages + j, lanes));
-    const Vec x = keep(valid, block.load(logp + j, lanes)), d = x - keep(valid, block.load(old + j, lanes));
-    const Vec bounded = clamp(d, Vec(-BOUND), Vec(BOUND)), token_ratio = exp(bounded);
+    const Vec valid = load(block.valid + j, lanes), a = keep(valid, block.load(advantages, j, lanes));
+    const Vec x = keep(valid, block.load(logp, j, lanes)), d = x - keep(valid, block.load(old, j, lanes));
+    Vec k3;
+    const Vec token_ratio = exp(clamp(d, Vec(-BOUND), Vec(BOUND)), k3);
     const Vec ratio = p.by_sequence ? row_ratio : token_ratio;
     Vec loss, slope, clipped;
     policy(a, x, ratio, loss, slope, clipped);
@@ -189,12 +202,12 @@ static void policy_of_block(Block& block, const PpoRow& row, const P& policy, Pp
       slope *= w;
     }
     // A ratio of the sequence is one of its masked tokens, too, and 0 times one that is no number is none.
-    store(grad + j, keep(valid, one_slope ? row_slope : slope * row_weight), lanes);
+    store(grad + j, keep(valid, one_slope ? row_slope : slope * share), lanes);
     losses += loss;
     cut += keep(valid, clipped);
     all += a;
     differences += d;
-    k3s += beyond_linear(bounded, token_ratio);
+    k3s += k3;
     const Vec of_valid = keep(valid, ratio);
     ratios += of_valid;
     highest = max(highest, of_valid);
@@ -209,18 +222,17 @@ static void kl_of_block(Block& block, const PpoRow& row, PpoSums& sums) {
   const PpoLoss& p = block.p;
   const float *logp = block.column(p.logprobs, 0), *ref = block.column(p.ref_logprobs, 1);
   float* grad = p.grad_logprobs + block.at;
-  const Vec coef = p.kl_coef * row.weight;
+  const Vec coef = p.kl_coef * row.share;
   Vec total = 0.f;
   for_each_vector(block.n, [&](int64_t j, int lanes) {
-    const Vec valid = load(block.valid + j, lanes), d = keep(valid, block.load(logp + j, lanes) - block.load(ref + j, lanes));
+    const Vec valid = load(block.valid + j, lanes), d = keep(valid, block.load(logp, j, lanes) - block.load(ref, j, lanes));
     Vec kl = d, slope = 1.f;
     if (p.kl_estimator == k2) {
       kl = Vec(0.5f) * d * d;
       slope = d;
     } else if (p.kl_estimator == k3) {
-      const Vec e = exp(negative(d));
-      kl = beyond_linear(negative(d), e);
-      slope = where_less(d * d, Vec(0.25f), d - kl, Vec(1.f) - e);
+      slope = Vec(1.f) - exp(negative(d), kl);
+      slope = where_less(d * d, Vec(0.1f), d - kl, slope);
     }
     total += kl;
     if (p.kl_coef) store(grad + j, load(grad + j, lanes) + keep(valid, slope * coef), lanes);
@@ -231,13 +243,13 @@ static void kl_of_block(Block& block, const PpoRow& row, PpoSums& sums) {
 static void entropy_of_block(Block& block, const PpoRow& row, PpoSums& sums) {
   const PpoLoss& p = block.p;
   const float* entropy = block.column(p.entropy, 0);
-  float* grad = p.grad_entropy ? p.grad_entropy + block.at : nullptr;
-  const Vec coef = -p.entropy_coef * row.weight;
+  float* grad = p.grad_entropy + block.at;
+  const Vec coef = p.entropy_coef ? -p.entropy_coef * row.share : 0.f;
   Vec total = 0.f;
   for_each_vector(block.n, [&](int64_t j, int lanes) {
     const Vec valid = load(block.valid + j, lanes);
-    total += keep(valid, block.load(entropy + j, lanes));
-    if (grad) store(grad + j, keep(valid, coef), lanes);
+    total += keep(valid, block.load(entropy, j, lanes));
+    store(grad + j, keep(valid, coef), lanes);
   });
   sums.entropy = double(total.sum()) * row.weight;
 }
@@ -247,14 +259,14 @@ static void values_of_block(Block& block, const PpoRow& row, PpoSums& sums) {
   const float *values = block.column(p.values, 0), *returns = block.column(p.returns, 1);
   const float* old = p.old_values.data ? block.column(p.old_values, 2) : nullptr;
   float* grad = p.grad_values + block.at;
-  const Vec coef = p.value_coef * row.weight, reach = p.value_clip;
+  const Vec coef = p.value_coef * row.share, reach = p.value_clip;
   Vec losses = 0.f, cut = 0.f, all_v = 0.f, all_r = 0.f, all_e = 0.f;
   for_each_vector(block.n, [&](int64_t j, int lanes) {
     const Vec valid = load(block.valid + j, lanes);
-    const Vec v = keep(valid, block.load(values + j, lanes)), r = keep(valid, block.load(returns + j, lanes)), e = v - r;
+    const Vec v = keep(valid, block.load(values, j, lanes)), r = keep(valid, block.load(returns, j, lanes)), e = v - r;
     Vec loss = e * e, slope = e;
     if (old) {
-      const Vec from = keep(valid, block.load(old + j, lanes)), f = clamp(v, from - reach, from + reach) - r;
+      const Vec from = keep(valid, block.load(old, j, lanes)), f = clamp(v, from - reach, from + reach) - r;
       // A NaN among the old values, which comparisons pass over, comes out as it does from the definition.
       const Vec clipped = fma(f, f, from - from);
       cut += where_less(loss, clipped, Vec(1.f), Vec(0.f));
@@ -265,7 +277,7 @@ static void values_of_block(Block& block, const PpoRow& row, PpoSums& sums) {
     all_v += v;
     all_r += r;
     all_e += e;
-    store(grad + j, slope * coef, lanes);
+    store(grad + j, p.value_coef ? slope * coef : Vec(0.f), lanes);
   });
   sums.value = 0.5 * double(losses.sum()) * row.weight;
   sums.value_clipped = cut.sum();
@@ -273,7 +285,7 @@ static void values_of_block(Block& block, const PpoRow& row, PpoSums& sums) {
   const Vec mean_r = float(sums.returns / sums.count), mean_e = float(-sums.errors / sums.count);
   Vec spread_r = 0.f, spread_e = 0.f;
   for_each_vector(block.n, [&](int64_t j, int lanes) {
-    const Vec valid = load(block.valid + j, lanes), r = block.load(returns + j, lanes), v = block.load(values + j, lanes);
+    const Vec valid = load(block.valid + j, lanes), r = block.load(returns, j, lanes), v = block.load(values, j, lanes);
     const Vec from_mean = keep(valid, r - mean_r), error = keep(valid, (v - r) - mean_e);
     spread_r = fma(from_mean, from_mean, spread_r);
     spread_e = fma(error, error, spread_e);
@@ -340,11 +352,22 @@ struct PpoRows {
     }
     ++count;
   }
+  // f(segment's index, segment), in parallel: as many tokens each or, where `valid` ones have been counted, as much work.
   template <class F>
-  void each(int64_t tokens, const F& f) const {  // f(segment's index, segment), in parallel
-    const int64_t n = int64_t(segments.size());
-    parallel_parts(n, parts_for(n, 8 * tokens / std::max<int64_t>(1, n)), [&](int64_t, int64_t b, int64_t e) {
-      for (int64_t i = b; i < e; ++i) f(i, segments[i]);
+  void each(int64_t tokens, const F& f, const std::vector<double>& valid = {}) const {
+    const int64_t n = int64_t(segments.size()), parts = parts_for(n, 8 * tokens / std::max<int64_t>(1, n));
+    std::vector<int64_t> first(parts + 1, n);  // part's first segment
+    for (int64_t part = 0; part < parts; ++part) first[part] = n * part / parts;
+    if (!valid.empty()) {
+      const auto work = [&](int64_t i) { return valid[i] + double(segments[i].end - segments[i].begin) / 8; };
+      double whole = 0, done = 0;
+      for (int64_t i = 0; i < n; ++i) whole += work(i);
+      for (int64_t i = 0, part = 1; part < parts; done += work(i++)) {
+        while (part < parts && done + work(i) / 2 >= whole * double(part) / double(parts)) first[part++] = i;
+      }
+    }
+    parallel_parts(parts, parts, [&](int64_t part, int64_t, int64_t) {
+      for (int64_t i = first[part]; i < first[part + 1]; ++i) f(i, segments[i]);
     });
   }
   // What segments found, added up by row.
@@ -355,7 +378,7 @@ struct PpoRows {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ppo_loss(
     Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor mask, Maybe values, Maybe old_values, Maybe returns,
     Maybe entropy, Maybe ref_logprobs, Maybe importance_weights, Maybe cu_seqlens, Maybe num_items, double items,
     double clip_low, double clip_high, double dual_clip, double value_clip, double value_coef, double entropy_coef,
@@ -380,13 +403,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss(
   p.value_coef = float(value_coef), p.entropy_coef = float(entropy_coef), p.kl_coef = float(kl_coef);
   p.kl_estimator = kl_estimator, p.variant = variant, p.by_sequence = level == 1;
 
-  const bool stores_entropy = entropy && ppo_stores_entropy(aggregation);
-  std::vector<int64_t> sizes{1 + int64_t(bool(values)) + int64_t(stores_entropy)};
-  for (int64_t d = 0; d < mask.dim(); ++d) sizes.push_back(mask.size(d));
-  Tensor grads = fresh_float(logprobs, sizes);
-  p.grad_logprobs = (float*)grads.mutable_data_ptr();
-  p.grad_values = values ? p.grad_logprobs + tokens : nullptr;
-  p.grad_entropy = stores_entropy ? p.grad_logprobs + (values ? 2 : 1) * tokens : nullptr;
+  const auto gradient = [&](bool of) { return of ? fresh_float(logprobs, mask.sizes()) : fresh_float(logprobs, {0}); };
+  Tensor grad_logprobs = gradient(true), grad_values = gradient(bool(values)), grad_entropy = gradient(bool(entropy));
+  p.grad_logprobs = (float*)grad_logprobs.mutable_data_ptr();
+  p.grad_values = values ? (float*)grad_values.mutable_data_ptr() : nullptr;
+  p.grad_entropy = entropy ? (float*)grad_entropy.mutable_data_ptr() : nullptr;
 
   const bool over_sequences = aggregation == seq_mean_token_sum || aggregation == seq_mean_token_mean;
   PpoRows rows;
@@ -398,14 +419,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss(
     const int64_t length = mask.size(mask.dim() - 1), count = mask.dim() == 2 ? mask.size(0) : 1;
     for (int64_t i = 0; i < count; ++i) rows.push(i * length, (i + 1) * length);
   }
-  std::vector<PpoRow> of_row(rows.count, PpoRow{1.f, 0.f, 0.f});
+  std::vector<PpoRow> of_row(rows.count, PpoRow{1.f, 0.f, 0.f, 0.f});
   const size_t parts = rows.segments.size();
   int64_t sequences = 0;
+  std::vector<double> valid(parts), log_ratios(parts);
+  const auto row_sums = FASTLLM_PICK(ppo_row_sums);
+  rows.each(tokens, [&](int64_t i, const PpoSegment& s) { row_sums(p, s.begin, s.end, &valid[i], &log_ratios[i]); });
   if (over_sequences || p.by_sequence) {
-    std::vector<double> counts(parts), log_ratios(parts);
-    const auto row_sums = FASTLLM_PICK(ppo_row_sums);
-    rows.each(tokens, [&](int64_t i, const PpoSegment& s) { row_sums(p, s.begin, s.end, &counts[i], &log_ratios[i]); });
-    counts = rows.sum(counts), log_ratios = rows.sum(log_ratios);
+    const std::vector<double> counts = rows.sum(valid);
+    log_ratios = rows.sum(log_ratios);
     for (int64_t row = 0; row < rows.count; ++row) {
       if (counts[row] == 0) continue;
       ++sequences;
@@ -417,26 +439,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss(
       const auto row_slope = FASTLLM_PICK(ppo_row_slope);
       rows.each(tokens, [&](int64_t i, const PpoSegment& s) {
         slopes[i] = row_slope(p, s.begin, s.end, s.row, of_row[s.row].log_ratio);
-      });
+      }, valid);
       slopes = rows.sum(slopes);
       for (int64_t row = 0; row < rows.count; ++row) {
         if (counts[row] != 0) of_row[row].slope = float(slopes[row] / counts[row]);
       }
     }
   }
-  std::vector<PpoSums> found(parts);
-  const auto kernel = FASTLLM_PICK(ppo_tokens);
-  rows.each(tokens, [&](int64_t i, const PpoSegment& s) { kernel(p, s.begin, s.end, s.row, of_row[s.row], found[i]); });
-  PpoSums sum = {};
-  FASTLLM_PICK(ppo_total)(found.data(), int64_t(parts), sum);
-
-  Tensor loss = fresh_float(logprobs, {}), stats = fresh_float(logprobs, {14}), scale = fresh_float(logprobs, {});
-  double divisor = over_sequences ? double(sequences) : sum.count;
+  double divisor;
   if (num_items) {
     divisor = *(const float*)to_float(*num_items).const_data_ptr();
   } else if (items >= 0) {
     divisor = items;
+  } else {
+    divisor = over_sequences ? double(sequences) : std::accumulate(valid.begin(), valid.end(), 0.0);
   }
+  // A normaliser that is no number would not leave a 0 one, and is left to the backward pass.
+  const float inverse = float(1 / divisor);
+  const bool applied = std::isfinite(inverse) && inverse != 0;
+  for (PpoRow& row : of_row) row.share = applied ? row.weight * inverse : row.weight;
+  std::vector<PpoSums> found(parts);
+  const auto kernel = FASTLLM_PICK(ppo_tokens);
+  rows.each(tokens, [&](int64_t i, const PpoSegment& s) { kernel(p, s.begin, s.end, s.row, of_row[s.row], found[i]); }, valid);
+  PpoSums sum = {};
+  FASTLLM_PICK(ppo_total)(found.data(), int64_t(parts), sum);
+
+  Tensor loss = fresh_float(logprobs, {}), stats = fresh_float(logprobs, {14}), scale = fresh_float(logprobs, {});
   const double factor = sum.count ? 1 / divisor : 0, n = std::max(sum.count, 1.0);
   double total = sum.policy;
   if (value_coef != 0) total += value_coef * sum.value;
@@ -449,9 +477,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_loss(
       sum.advantages / n, sum.returns / n, sum.values / n,
       sum.spread_returns != 0 ? 1 - sum.spread_errors / sum.spread_returns : 0};
   for (int i = 0; i < 14; ++i) ((float*)stats.mutable_data_ptr())[i] = float(results[i]);
-  *(float*)loss.mutable_data_ptr() = float(sum.count ? total * factor : 0);
-  *(float*)scale.mutable_data_ptr() = float(factor);
-  return {loss, stats, grads, scale};
+  *(float*)loss.mutable_data_ptr() = float(total * factor);
+  *(float*)scale.mutable_data_ptr() = applied ? 1.f : inverse;
+  return {loss, stats, scale, grad_logprobs, grad_values, grad_entropy};
 }
 
 }  // namespace fastllm

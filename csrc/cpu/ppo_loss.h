@@ -21,7 +21,7 @@ struct PpoLoss {
   PpoColumn logprobs, old_logprobs, advantages, values, old_values, returns, entropy, ref_logprobs, weights;
   const uint8_t* mask;                                  // (tokens,)
   int64_t tokens;
-  float *grad_logprobs, *grad_values, *grad_entropy;    // (tokens,), without the normaliser; null: absent
+  float *grad_logprobs, *grad_values, *grad_entropy;    // (tokens,); null: absent
   float lowest, highest;                                // the clip range of a ratio
   float dual_clip, value_clip;                          // dual_clip 0: none
   float value_coef, entropy_coef, kl_coef;
@@ -30,9 +30,10 @@ struct PpoLoss {
 };
 
 struct PpoRow {
-  float weight;     // of each of its tokens in the loss
+  float weight;     // of each of its tokens in the sums
   float log_ratio;  // by_sequence: of the sequence
-  float slope;      // by_sequence, ppo: the gradient of every valid token
+  float slope;      // by_sequence, ppo: the derivative of its losses by the log-ratio of any of its tokens
+  float share;      // of each of its tokens in the gradients: the weight over what the loss is divided by
 };
 
 // Sums over valid tokens; policy, value, entropy and kl with the rows' weights.
@@ -42,9 +43,7 @@ struct PpoSums {
   double spread_returns, spread_errors;  // squared distances from the mean of returns and of errors, returns - values
 };
 
-// An entropy's gradient is the same for all valid tokens, and so not stored, unless they weigh as much as their rows are short.
 enum PpoAggregation : int64_t { token_mean, seq_mean_token_sum, seq_mean_token_mean, token_sum_norm };
-inline bool ppo_stores_entropy(int64_t aggregation) { return aggregation == seq_mean_token_mean; }
 
 }  // namespace fastllm
 

@@ -288,10 +288,11 @@ inline Vec& operator*=(Vec& a, Vec b) { return a = a * b; }
 
 // e^x to about 1 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, a degree-6 polynomial in r, times 2^n.
 // Overflows to inf above 88.73, underflows to 0 below about -104; NaN stays NaN.
-inline Vec exp(Vec x) {
-  x = min(Vec(89.f), max(Vec(-105.f), x));
-  const Vec n = round(x * Vec(1.44269504088896341f));
-  Vec r = fma(n, Vec(-0.693359375f), x);
+// beyond_linear: e^x - 1 - x, to 2e-7 of it where n = 0 and the polynomial holds it apart, to 2e-6 elsewhere.
+inline Vec exp(Vec x, Vec& beyond_linear) {
+  const Vec within = min(Vec(89.f), max(Vec(-105.f), x));
+  const Vec n = round(within * Vec(1.44269504088896341f));
+  Vec r = fma(n, Vec(-0.693359375f), within);
   r = fma(n, Vec(2.12194440e-4f), r);
   Vec p(1.9875691500e-4f);
   p = fma(p, r, Vec(1.3981999507e-3f));
@@ -299,8 +300,13 @@ inline Vec exp(Vec x) {
   p = fma(p, r, Vec(4.1665795894e-2f));
   p = fma(p, r, Vec(1.6666665459e-1f));
   p = fma(p, r, Vec(5.0000001201e-1f));
-  p = fma(p, r * r, r + Vec(1.f));
-  return scale_by_power_of_two(p, n);
+  const Vec square = r * r, e = scale_by_power_of_two(fma(p, square, r + Vec(1.f)), n);
+  beyond_linear = where_less(n * n, Vec(0.5f), p * square, (e - Vec(1.f)) - x);
+  return e;
+}
+inline Vec exp(Vec x) {
+  Vec beyond_linear;
+  return exp(x, beyond_linear);
 }
 // 2^x to about 2 ulp for x up to 127; 0 below about -150, -inf included; NaN stays NaN. The degree-5 polynomial fits 2^f over
 // |f| <= 1/2 to 7.5e-8 relative (weighted least squares, reweighted towards the minimax).

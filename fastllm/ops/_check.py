@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+_INFINITE = (float("inf"), float("-inf"))
+
 
 def shown(value: Any) -> str:
     """A value in a message, in one short line."""
@@ -59,10 +61,12 @@ def apart(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) 
 
 def in_range(name: str, value: float, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
     """low <= value <= high, or low < value where `open_low`; an infinite bound must not be reached."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+    if type(value) is not float and (
+        isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat))
+    ):
         raise TypeError(f"{name} must be a number, got {shown(value)}")
     above = value > low if open_low else value >= low
-    if not above or not value <= high or value in (float("inf"), float("-inf")):
+    if not above or not value <= high or value in _INFINITE:
         bounds = f"{'>' if open_low else '>='} {low}" + (f" and <= {high}" if high != float("inf") else "")
         raise ValueError(f"{name} must be a finite number {bounds}, got {value}")
 

@@ -1,8 +1,8 @@
 """The policy-gradient loss over tokens as one operator: loss, statistics and gradients from one pass.
 
 ``fastllm.rl.ppo_loss`` is its public form and says what each argument means. Token tensors are (B, T), or (T,) for one
-sequence or, with cu_seqlens, for packed ones. The kernels write the gradients, without the normaliser, while they read the
-tokens; the backward pass only multiplies them by it.
+sequence or, with cu_seqlens, for packed ones. The kernels write the gradients while they read the tokens, and with them a
+number, `scale`, for the backward pass to multiply them by: what remained to be done, which is nothing, 1, in C++.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def definition(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, values: Tensor | None,
     old_values: Tensor | None, returns: Tensor | None, entropy: Tensor | None, ref_logprobs: Tensor | None,
     importance_weights: Tensor | None, cu_seqlens: Tensor | None, num_items: Tensor | None, items: float, *how: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     s = Settings(*how)
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
     row = None if cu_seqlens is None else _row_of_token(cu_seqlens, mask.shape[0])
@@ -133,7 +133,7 @@ def definition(
             stats["value_clip_fraction"] = mean((errors_clipped > errors).to(dtype))
             errors = torch.maximum(errors, errors_clipped)
         stats["value_loss"] = aggregate(0.5 * errors)
-        loss = loss + _times(s.value_coef, stats["value_loss"])
+        loss = loss + _times(s.value_coef, stats["value_loss"], v)
         spread_of_returns = mean((r - mean(r)).square())
         unexplained = mean((r - v - mean(r - v)).square())
         stats |= {
@@ -142,20 +142,16 @@ def definition(
             "explained_variance": (1 - unexplained / spread_of_returns).where(spread_of_returns != 0, 0.0),
         }
     if entropy is not None:
-        stats["entropy"] = aggregate(learnt(entropy))
-        loss = loss - _times(s.entropy_coef, stats["entropy"])
+        entropy = learnt(entropy)
+        stats["entropy"] = aggregate(entropy)
+        loss = loss - _times(s.entropy_coef, stats["entropy"], entropy)
     if ref_logprobs is not None:
         stats["kl"] = aggregate(kl_estimate(logp - given(ref_logprobs), KL_ESTIMATORS[s.kl_estimator]))
-        loss = loss + _times(s.kl_coef, stats["kl"])
+        loss = loss + _times(s.kl_coef, stats["kl"], logp)
     told = torch.stack([stats.get(name, torch.zeros_like(loss)).detach() for name in STATS])
     # The gradients are the kernels' business: those of the definition come from it.
-    return loss, told, loss.new_zeros((stored(values, entropy, s.aggregation), *mask.shape)), scale
-
-
-def stored(values: Tensor | None, entropy: Tensor | None, aggregation: int) -> int:
-    """How many gradients `grads` holds: of logprobs, of values, and of entropy only where tokens differ in weight, since it is
-    one number for all valid ones otherwise."""
-    return 1 + (values is not None) + (entropy is not None and AGGREGATIONS[aggregation] == "seq-mean-token-mean")
+    grads = (loss.new_zeros((0,) if x is None else mask.shape) for x in (logprobs, values, entropy))
+    return loss, told, scale, *grads
 
 
 def _bounded(log_ratio: Tensor) -> Tensor:
@@ -164,9 +160,9 @@ def _bounded(log_ratio: Tensor) -> Tensor:
     return torch.where(beyond, log_ratio.detach().clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND), log_ratio)
 
 
-def _times(coef: float, term: Tensor) -> Tensor:
-    """coef * term; 0 for coef 0, whatever the term is, in the gradient too, which then exists all the same."""
-    return coef * term if coef else term.nan_to_num(0.0, 0.0, 0.0) * 0.0
+def _times(coef: float, term: Tensor, of: Tensor) -> Tensor:
+    """coef * term; 0 for coef 0, whatever the term is, and so is the gradient of what it is `of`, which then exists all the same."""
+    return coef * term if coef else of.nan_to_num(0.0, 0.0, 0.0).sum() * 0.0
 
 
 def _row_of_token(cu_seqlens: Tensor, tokens: int) -> Tensor:
@@ -174,18 +170,19 @@ def _row_of_token(cu_seqlens: Tensor, tokens: int) -> Tensor:
     return torch.searchsorted(cu_seqlens[1:].contiguous(), at, right=True)
 
 
-def _fake(logprobs: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(logprobs: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     mask, values, entropy = rest[2], rest[3], rest[6]
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
-    grads = (stored(values, entropy, rest[-2]), *mask.shape)
-    return tuple(logprobs.new_empty(shape, dtype=dtype) for shape in ((), (len(STATS),), grads, ()))  # type: ignore[return-value]
+    grads = ((0,) if x is None else mask.shape for x in (logprobs, values, entropy))
+    return tuple(logprobs.new_empty(shape, dtype=dtype) for shape in ((), (len(STATS),), (), *grads))
 
 
 _TENSORS = 12  # of the arguments: logprobs to num_items
 _LEARNT = (0, 4, 7)  # of these: logprobs, values, entropy
 
 
-def _backward_definition(grad_loss: Tensor, grads: Tensor, scale: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+def _backward_definition(grad_loss: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    inputs = rest[len(_LEARNT) :]
     learnt = [inputs[i] for i in _LEARNT]
 
     def loss(*learnt: Tensor) -> Tensor:
@@ -201,7 +198,8 @@ def _backward_definition(grad_loss: Tensor, grads: Tensor, scale: Tensor, *input
     )
 
 
-def _backward_fake(grad_loss: Tensor, grads: Tensor, scale: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+def _backward_fake(grad_loss: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    inputs = rest[len(_LEARNT) :]
     return tuple(
         grad_loss.new_empty(0)
         if inputs[i] is None
@@ -210,7 +208,7 @@ def _backward_fake(grad_loss: Tensor, grads: Tensor, scale: Tensor, *inputs: Any
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[2:], *inputs[:_TENSORS])
     ctx.how = inputs[_TENSORS:]
     ctx.mark_non_differentiable(*output[1:])
@@ -220,32 +218,30 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     wanted: list[Tensor | None] = [None] * (_TENSORS + len(ctx.how))
     if grad_loss is not None:
-        grads, scale, *inputs = ctx.saved_tensors
-        for i, grad in zip(_LEARNT, _ppo_loss_backward(grad_loss, grads, scale, *inputs, *ctx.how)):
+        inputs = ctx.saved_tensors[4:]
+        for i, grad in zip(_LEARNT, _ppo_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.how)):
             wanted[i] = None if inputs[i] is None else grad
     return tuple(wanted)
 
 
 def _backward_once(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    """As _backward, with what the forward pass stored as the gradients themselves: no tensors of their size, and one pass less."""
+    """As _backward, with what the forward pass stored as the gradients themselves: no tensors of their size, and no pass over them
+    where nothing is left to multiply them by."""
     if grad_loss is None:
         return (None,) * (_TENSORS + len(ctx.how))
-    grads, scale, *inputs = ctx.saved_tensors
-    learnt = [inputs[i] for i in _LEARNT]
-    stored = all(x is None or x.dtype == torch.float32 for x in learnt)  # in the dtypes that the gradients are to have
-    if not stored or backends.forced not in (None, "cpp") or grads.device.type != "cpu":
+    scale, *saved = ctx.saved_tensors
+    grads, inputs = saved[:3], saved[3:]
+    stored = all(
+        inputs[i] is None or inputs[i].dtype == torch.float32 for i in _LEARNT
+    )  # in the dtypes that they are to have
+    if not stored or backends.forced not in (None, "cpp") or scale.device.type != "cpu":
         return _backward(ctx, grad_loss)
-    stored_entropy = len(grads) > 1 + (inputs[4] is not None)
-    of_entropy = _ppo_loss_backward_(
-        grads, inputs[3], grad_loss, scale, ctx.wanted[7] and not stored_entropy, Settings(*ctx.how[1:]).entropy_coef
-    )
+    if grad_loss.item() * scale.item() != 1:
+        _ppo_loss_backward_(grad_loss, scale, inputs[3], *grads)
     wanted: list[Tensor | None] = [None] * (_TENSORS + len(ctx.how))
-    # They share one piece of memory, but not a version: who changes one in place has not changed the others.
-    each = iter([grad.data for grad in grads.unbind()])
-    for i, x in zip(_LEARNT, learnt):
-        if x is not None:
-            grad = of_entropy if i == 7 and not stored_entropy else next(each)
-            wanted[i] = grad if ctx.wanted[i] else None
+    for i, grad in zip(_LEARNT, grads):
+        if ctx.wanted[i]:
+            wanted[i] = grad
     return tuple(wanted)
 
 
@@ -255,8 +251,11 @@ _ARGUMENTS = (
     " Tensor? num_items, float items, float clip_low, float clip_high, float dual_clip, float value_clip,"
     " float value_coef, float entropy_coef, float kl_coef, int kl_estimator, int level, int aggregation, int variant"
 )
-ppo_loss: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = Op(
-    f"ppo_loss({_ARGUMENTS}) -> (Tensor loss, Tensor stats, Tensor grads, Tensor scale)",
+_GRADS = (
+    "Tensor grad_logprobs, Tensor grad_values, Tensor grad_entropy"  # of what the call does not have: of shape (0,)
+)
+ppo_loss: Callable[..., tuple[Tensor, ...]] = Op(
+    f"ppo_loss({_ARGUMENTS}) -> (Tensor loss, Tensor stats, Tensor scale, {_GRADS})",
     definition,
     fake=_fake,
     triton="ppo_loss:ppo_loss",
@@ -266,27 +265,21 @@ ppo_loss: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = Op(
     public=["ppo_loss"],
 )
 _ppo_loss_backward = Op(
-    f"ppo_loss_backward(Tensor grad_loss, Tensor grads, Tensor scale, {_ARGUMENTS})"
-    " -> (Tensor grad_logprobs, Tensor grad_values, Tensor grad_entropy)",
+    f"ppo_loss_backward(Tensor grad_loss, Tensor scale, {_GRADS.replace('grad_', 'stored_')}, {_ARGUMENTS}) -> ({_GRADS})",
     _backward_definition,
     fake=_backward_fake,
     triton="ppo_loss_backward:ppo_loss_backward",
 )
 
 
-def _scale_in_place(
-    grads: Tensor, mask: Tensor, grad_loss: Tensor, scale: Tensor, entropy: bool, entropy_coef: float
-) -> Tensor:
-    by = grad_loss * scale
-    grads.copy_((grads * by).where(grads != 0, grads))
-    if not entropy:
-        return grads.new_empty(0)
-    return _times(-entropy_coef, by).expand(mask.shape).where(mask, 0.0)
+def _scale_in_place(grad_loss: Tensor, scale: Tensor, mask: Tensor, *grads: Tensor) -> None:
+    for grad in grads:
+        grad.copy_((grad * (grad_loss * scale)).where(grad != 0, grad))
 
 
 _ppo_loss_backward_ = Op(
-    "ppo_loss_backward_(Tensor(a!) grads, Tensor mask, Tensor grad_loss, Tensor scale, bool entropy, float entropy_coef)"
-    " -> Tensor",
+    "ppo_loss_backward_(Tensor grad_loss, Tensor scale, Tensor mask, Tensor(a!) grad_logprobs, Tensor(b!) grad_values,"
+    " Tensor(c!) grad_entropy) -> ()",
     _scale_in_place,
-    fake=lambda grads, mask, grad_loss, scale, entropy, coef: grads.new_empty(mask.shape if entropy else 0),
+    fake=lambda *_: None,
 )

@@ -207,3 +207,12 @@ def test_torch_compile_leaves_an_expanded_mask_expanded():
     torch.testing.assert_close(found, attend(q, k, padding))
     (call,) = [line for line in code[0].splitlines() if "= torch.ops.fastllm.attention" in line]
     assert "(2, 3, 5, 7), (7, 0, 0, 1)" in call
+
+
+def test_a_tensor_that_torch_func_left_behind_serves():
+    x, left = torch.randn(3, 8), []
+    torch.func.grad(lambda x: (left.append(x), x.sum())[1])(x)
+    weight = torch.ones(8, requires_grad=True)
+    for given in (x, left[0]):
+        rms_norm(given, weight).sum().backward()
+    torch.testing.assert_close(weight.grad, 2 * torch.autograd.grad(rms_norm(x, weight).sum(), weight)[0])

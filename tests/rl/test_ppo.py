@@ -535,7 +535,35 @@ def test_a_batch_of_gradients():
             torch.testing.assert_close(a[n], b)
 
 
+@each_backend
+def test_a_coefficient_of_0_leaves_no_gradient_whatever_its_term_is(backend, device):
+    given = batch(3, 40, torch.float32, masked=0.0)
+    for name in LEARNT[1:]:
+        given[name][0, 3] = torch.nan
+    given["ref_logprobs"][1, 2] = torch.nan
+    found, grads = run(given, backend, device, value_coef=0.0, entropy_coef=0.0, kl_coef=0.0)
+    assert found.loss.isfinite()
+    assert all(found.stats[name].isnan() for name in ("value_loss", "entropy", "kl"))
+    assert grads["logprobs"].isfinite().all()
+    for name in LEARNT[1:]:
+        assert torch.equal(grads[name].cpu(), torch.zeros(3, 40))
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+def test_each_gradient_has_memory_of_its_own_that_no_later_call_writes(factor):
+    given = batch(3, 40, torch.float32)
+    wanted = [given[name].requires_grad_() for name in LEARNT]
+    first = torch.autograd.grad(ppo_loss(**given, **COEFS).loss * factor, wanted)
+    assert len({g.untyped_storage().data_ptr() for g in first}) == 3
+    kept = [g.clone() for g in first]
+    torch.autograd.grad(ppo_loss(**given, **COEFS).loss * 3, wanted)
+    for grad, before in zip(first, kept):
+        assert torch.equal(grad, before)
+        assert not grad.requires_grad
+
+
 def test_opcheck_in_place():
     given = batch(3, 40, torch.float32, masked=0.0)
-    arguments = (torch.randn(2, 3, 40), given["mask"], torch.tensor(2.0), torch.tensor(0.5), True, 0.1)
+    grads = (torch.randn(3, 40), torch.randn(3, 40), torch.empty(0))
+    arguments = (torch.tensor(2.0), torch.tensor(0.5), given["mask"], *grads)
     torch.library.opcheck(torch.ops.fastllm.ppo_loss_backward_.default, arguments)

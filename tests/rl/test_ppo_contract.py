@@ -140,9 +140,9 @@ def test_opcheck():
     ):  # fmt: skip
         torch.library.opcheck(torch.ops.fastllm.ppo_loss.default, (*tensors, *OPTIONS, *how))
     tensors = tuple(None if t is None else t.detach() for t in positional(given))
-    loss, _, grads, scale = torch.ops.fastllm.ppo_loss(*tensors, *OPTIONS, 0, 0, 0)
+    loss, _, *stored = torch.ops.fastllm.ppo_loss(*tensors, *OPTIONS, 0, 0, 0)
     torch.library.opcheck(
-        torch.ops.fastllm.ppo_loss_backward.default, (torch.ones_like(loss), grads, scale, *tensors, *OPTIONS, 0, 0, 0)
+        torch.ops.fastllm.ppo_loss_backward.default, (torch.ones_like(loss), *stored, *tensors, *OPTIONS, 0, 0, 0)
     )
 
 

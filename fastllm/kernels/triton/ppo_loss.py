@@ -130,15 +130,14 @@ def _rows_kernel(
 @triton.jit
 def _tokens_kernel(
     logprobs_ptr, old_ptr, advantages_ptr, weights_ptr, mask_ptr, values_ptr, old_values_ptr, returns_ptr, entropy_ptr, ref_ptr,
-    row_ptr, rows_ptr, grads_ptr, partial_ptr, tokens, rows, length, lowest, highest, dual_clip, value_clip, value_coef,
-    entropy_coef, kl_coef,
+    row_ptr, rows_ptr, grad_logprobs_ptr, grad_values_ptr, grad_entropy_ptr, partial_ptr, tokens, rows, length, lowest, highest,
+    dual_clip, value_clip, value_coef, entropy_coef, kl_coef,
     VARIANT: tl.constexpr, SEQUENCE: tl.constexpr, DUAL: tl.constexpr, TOKEN_AVERAGE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     ADVANTAGE_BY_ROW: tl.constexpr, WEIGHT_BY_ROW: tl.constexpr, PACKED: tl.constexpr, HAS_VALUES: tl.constexpr,
     HAS_OLD_VALUES: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_REF: tl.constexpr, ESTIMATOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # TOKEN_AVERAGE: a token weighs 1 / valid tokens of its row. grads_ptr: (1 + HAS_VALUES + HAS_ENTROPY where
-    # TOKEN_AVERAGE, tokens).
+    # TOKEN_AVERAGE: a token weighs 1 / valid tokens of its row.
     program = tl.program_id(0).to(tl.int64)
     count = 0.0
     policy_sum = 0.0
@@ -218,7 +217,7 @@ def _tokens_kernel(
             kl_sum += tl.sum(kl * weight, 0)
             if kl_coef != 0:
                 grad += kl_coef * kl_slope * weight
-        tl.store(grads_ptr + at, grad, mask=inside)
+        tl.store(grad_logprobs_ptr + at, grad, mask=inside)
         if HAS_VALUES:
             value = _read(values_ptr, at, inside, valid)
             target = _read(returns_ptr, at, inside, valid)
@@ -234,7 +233,9 @@ def _tokens_kernel(
                 square = tl.where(larger, e * e, square) + (old - old)
                 slope = tl.where(larger, 0.0, slope)
             value_loss_sum += tl.sum(0.5 * square * weight, 0)
-            tl.store(grads_ptr + tokens + at, value_coef * slope * weight, mask=inside)
+            if value_coef == 0:  # whatever the values are
+                slope = tl.zeros([BLOCK], tl.float32)
+            tl.store(grad_values_ptr + at, value_coef * slope * weight, mask=inside)
             returns_here = tl.sum(target, 0)
             errors_here = -tl.sum(error, 0)
             some = tl.maximum(here, 1.0)
@@ -253,11 +254,7 @@ def _tokens_kernel(
         if HAS_ENTROPY:
             entropy = _read(entropy_ptr, at, inside, valid)
             entropy_sum += tl.sum(entropy * weight, 0)
-            if TOKEN_AVERAGE:  # otherwise its gradient is one number for all valid tokens
-                place = grads_ptr + at + tokens
-                if HAS_VALUES:
-                    place += tokens
-                tl.store(place, -entropy_coef * weight, mask=inside)
+            tl.store(grad_entropy_ptr + at, -entropy_coef * weight, mask=inside)
         count += here
     partial_ptr += program * WIDTH
     tl.store(partial_ptr + COUNT, count)
@@ -366,7 +363,7 @@ def ppo_loss(
     importance_weights: Tensor | None, cu_seqlens: Tensor | None, num_items: Tensor | None, items: float, clip_low: float,
     clip_high: float, dual_clip: float, value_clip: float, value_coef: float, entropy_coef: float, kl_coef: float,
     kl_estimator: int, level: int, aggregation: int, variant: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     tokens, length = mask.numel(), max(mask.shape[-1], 1)
     rows = tokens // length if cu_seqlens is None else cu_seqlens.shape[0] - 1
     over_sequences = aggregation in (SEQ_TOKEN_SUM, SEQ_TOKEN_MEAN)
@@ -378,8 +375,7 @@ def ppo_loss(
     def dense(t: Tensor | None) -> Tensor:
         return logprobs if t is None else t.contiguous()
 
-    stored = 1 + (values is not None) + (entropy is not None and aggregation == SEQ_TOKEN_MEAN)
-    grads = fresh(stored, *mask.shape)
+    grads = [fresh(0) if x is None else fresh(*mask.shape) for x in (logprobs, values, entropy)]
     loss, stats, scale = fresh(), fresh(STATS), fresh()
     programs = min(MAX_PROGRAMS, triton.cdiv(tokens, BLOCK))
     partial = fresh(programs, WIDTH.value)
@@ -409,7 +405,7 @@ def ppo_loss(
     if programs:
         _tokens_kernel[(programs,)](
             *policy, mask, dense(values), dense(old_values), dense(returns), dense(entropy), dense(ref_logprobs), row, of_rows,
-            grads, partial, tokens, rows, length, *ratios, value_clip, value_coef, entropy_coef, kl_coef,
+            *grads, partial, tokens, rows, length, *ratios, value_clip, value_coef, entropy_coef, kl_coef,
             VARIANT=variant, TOKEN_AVERAGE=aggregation == SEQ_TOKEN_MEAN, HAS_VALUES=values is not None,
             HAS_OLD_VALUES=old_values is not None, HAS_ENTROPY=entropy is not None, HAS_REF=ref_logprobs is not None,
             ESTIMATOR=kl_estimator, BLOCK=BLOCK, **how,
@@ -418,7 +414,7 @@ def ppo_loss(
         partial, of_rows, loss if num_items is None else num_items, loss, stats, scale, programs, rows, items, value_coef,
         entropy_coef, kl_coef, HAS_ITEMS=num_items is not None, OVER_SEQUENCES=over_sequences, BLOCK=64,
     )  # fmt: skip
-    return loss, stats, grads, scale
+    return loss, stats, scale, *grads
 
 
 def configurations() -> list[Configuration]:
@@ -433,7 +429,9 @@ def configurations() -> list[Configuration]:
         "entropy",
         "ref",
         "rows",
-        "grads",
+        "grad_logprobs",
+        "grad_values",
+        "grad_entropy",
         "partial",
         "num_items",
     )
@@ -460,7 +458,7 @@ def configurations() -> list[Configuration]:
             **how, "VARIANT": 0, "TOKEN_AVERAGE": average, "HAS_VALUES": has_values, "HAS_OLD_VALUES": has_values,
             "HAS_ENTROPY": has_values, "HAS_REF": True, "ESTIMATOR": 2, "BLOCK": BLOCK,
         }  # fmt: skip
-        moved = tokens * (1 + 12 + 4 + has_values * (4 + 2 * values.itemsize + 4 + 8))
+        moved = tokens * (1 + 12 + 4 + has_values * (4 + 2 * values.itemsize + 4 + 8 + 4))
         found.append(
             Configuration(
                 _tokens_kernel, typed, constants, label=f"ppo_loss {label} {triton_type(values)[1:]}",
