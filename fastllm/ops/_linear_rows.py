@@ -26,6 +26,8 @@ SPLIT_BYTES = 8 << 20
 # Classes per product on the CPU: its blocked matrix product is fastest when a block of the weight stays in cache. A GPU
 # takes them all in one.
 CPU_CLASSES = 4096
+# Rows of the hidden gradient that are added up at once over blocks of classes, in fp32, where the logits of all classes are held.
+SUM_ROWS = 1024
 
 
 # (first row, last row, their statistics (5, rows)) -> gradients of each row's loss and of its entropy
@@ -113,12 +115,13 @@ def _sweep(
     # A gradient that is one product is written where it belongs, and on the CPU also one that is two: the first is then
     # an addend inside the second, which adds up in fp32. A sum of more products has an fp32 matrix to add up in.
     at_most = 2 if hidden.device.type == "cpu" else 1
-    sum_hidden = _sum_like(grad_hidden[:size], len(blocks) > at_most)
+    few = min(size, SUM_ROWS) if retain and len(blocks) > at_most else size
+    sum_hidden = _sum_like(grad_hidden[:few], len(blocks) > at_most)
     sum_weight = _sum_like(grad_weight, len(chunks) > at_most)
     sum_bias = hidden.new_zeros(classes if wanted[2] else 0, dtype=torch.float32)
     buffer = _fresh(hidden, (size * (classes if retain else step),), hidden.dtype)
     narrow = dtype == hidden.dtype  # a gradient that is not added up has no product apart from itself
-    lengths = [size * (sum_hidden is not None or not narrow), step * (sum_weight is not None or not narrow)]
+    lengths = [few * (sum_hidden is not None or not narrow), step * (sum_weight is not None or not narrow)]
     product = _fresh(hidden, (max(lengths) * channels * any(wanted),), hidden.dtype)
     block = buffer
     for begin, end in chunks:
@@ -154,7 +157,7 @@ def _sweep(
                 block, t, None, part, grads, grads_entropy, first, classes, rows.ignore_index, rows.logit_scale,
                 rows.softcap, rows.temperature, rows.label_smoothing, rows.z_loss,
             )  # fmt: skip
-            if wanted[0]:
+            if wanted[0] and not retain:
                 total = grad_hidden[begin:end] if sum_hidden is None else sum_hidden[:count]
                 _add(total, block, weight[first:last], product, fresh=first == 0)
             if wanted[1]:
@@ -164,7 +167,14 @@ def _sweep(
                 sum_bias[first:last] += block.sum(0, dtype=torch.float32)
             if u is not None:
                 _add_low_rank(sum_low_rank, block, u, begin, first, wanted)
-        if wanted[0] and sum_hidden is not None:
+        if wanted[0] and retain:
+            for into, *parts in zip(*(t.split(few) for t in (grad_hidden[begin:end], *held))):
+                total = into if sum_hidden is None else sum_hidden[: len(into)]
+                for (first, last), part in zip(blocks, parts):
+                    _add(total, part, weight[first:last], product, fresh=first == 0)
+                if sum_hidden is not None:
+                    into.copy_(total)
+        elif wanted[0] and sum_hidden is not None:
             grad_hidden[begin:end] = sum_hidden[:count]
     del buffer, product, block, held  # before the narrow copy of the weight gradient comes to life
     if sum_weight is not None:

@@ -42,6 +42,7 @@ def small_chunks(monkeypatch):
     """Several chunks of tokens and of classes, the last ones short."""
     monkeypatch.setattr(_linear_rows, "BUFFER_BYTES", {"cpu": 97 * 4 * 7, "cuda": 97 * 4 * 7})
     monkeypatch.setattr(_linear_rows, "CPU_CLASSES", 40)
+    monkeypatch.setattr(_linear_rows, "SUM_ROWS", 3)
 
 
 OPTIONS = [  # and whether there is a bias

@@ -30,6 +30,7 @@ def test_matches_the_formula_in_fp64(
 ):
     monkeypatch.setattr(_linear_rows, "BUFFER_BYTES", {"cpu": 97 * 4 * 7, "cuda": 97 * 4 * 7})
     monkeypatch.setattr(_linear_rows, "CPU_CLASSES", 40)
+    monkeypatch.setattr(_linear_rows, "SUM_ROWS", 3)
     options = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale, "with_entropy": with_entropy}
     check_op(
         lambda h, w, t, b: linear_token_logprobs(h, w, t, bias=b, **options), list(operands()), dtype, backend, device,

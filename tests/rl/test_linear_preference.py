@@ -71,6 +71,7 @@ def compare(ours, theirs, learnt):
 def test_is_the_loss_from_whole_logits(monkeypatch, linear, loss):
     monkeypatch.setattr(_linear_rows, "BUFFER_BYTES", {"cpu": 37 * 4 * 3})
     monkeypatch.setattr(_linear_rows, "CPU_CLASSES", 16)
+    monkeypatch.setattr(_linear_rows, "SUM_ROWS", 2)
     learnt, tokens, mask, ref = batch()
     compare(linear(ref, **learnt, tokens=tokens, mask=mask, **HOW), loss(*plain(learnt, tokens, mask), ref), learnt)
 
