@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -16,6 +15,7 @@ import torch
 import fastllm
 from bench.device import Cpu, Cuda
 from fastllm import backends
+from fastllm.doctor import version
 from fastllm.kernels import cpp
 
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel")
@@ -29,7 +29,7 @@ def describe(device: Cpu | Cuda | None = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        **{package: _version(package) for package in PACKAGES},
+        **{package: version(package) for package in PACKAGES},
         "fastllm": fastllm.__version__,
         "instruction_set": cpp.capability() or None,
         "forced_backend": backends.forced,
@@ -56,13 +56,6 @@ def sentence(machine: dict[str, Any]) -> str:
 def _module() -> str:
     name = Path(sys.argv[0]).stem
     return "bench" if name == "__main__" else f"bench.{name}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:

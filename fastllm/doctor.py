@@ -39,7 +39,7 @@ def collect(*, measure: bool = True) -> Report:
     return {
         "fastllm": __version__,
         "python": {"version": platform.python_version(), "executable": sys.executable},
-        "packages": {name: {"version": _version(name), "use": use} for name, use in PACKAGES.items()},
+        "packages": {name: {"version": version(name), "use": use} for name, use in PACKAGES.items()},
         "cpu": {
             "model": cpp.cpu_model(),
             "cores": _cores(),
@@ -54,7 +54,8 @@ def collect(*, measure: bool = True) -> Report:
     }
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """What is installed of it; None: nothing."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

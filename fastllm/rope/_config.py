@@ -52,6 +52,24 @@ def parameters_of(config: Any) -> dict[str, dict[str, Any]]:
     return {"": dict(parameters)}
 
 
+def set_parameters(config: Any, after: dict[str, dict[str, Any]]) -> None:
+    """The other way: those of the kinds in `after` replaced."""
+    if "" in after:
+        config.rope_parameters = dict(after[""])
+    else:
+        config.rope_parameters = {**config.rope_parameters, **{kind: dict(p) for kind, p in after.items()}}
+
+
+def refusal(config: Any) -> str:
+    """Why the config's own rules forbid its parameters, with which it would not load again: a family may take but some methods
+    (Phi-3: longrope). Empty: they do not."""
+    try:
+        getattr(config, "validate_rope", lambda: None)()
+    except Exception as error:  # of transformers, of many types
+        return " ".join(str(error).split())
+    return ""
+
+
 def rescalable(config: Any, parameters: dict[str, dict[str, Any]]) -> list[str]:
     """The kinds of layers whose frequencies a longer text asks for: those of no fixed reach."""
     layers = getattr(config, "layer_types", None) or ()

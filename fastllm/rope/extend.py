@@ -14,7 +14,17 @@ from torch import Tensor, nn
 
 from fastllm.errors import ConfigError
 from fastllm.rope import angles, laws, lengthwise
-from fastllm.rope._config import base_of, config_of, parameters_of, rescalable, rotated, trained_length, unwrapped
+from fastllm.rope._config import (
+    base_of,
+    config_of,
+    parameters_of,
+    refusal,
+    rescalable,
+    rotated,
+    set_parameters,
+    trained_length,
+    unwrapped,
+)
 from fastllm.rope.scaling import _METHODS, METHODS, scaling
 
 _KEPT = "_fastllm_context"  # where a model keeps what restore_context needs
@@ -186,12 +196,13 @@ def _apply(model: nn.Module, config: Any, rotary: dict[str, nn.Module], plan: _P
                 f"{path} of {name} does not have the frequencies that its config tells: its RoPE is not of the usual kind"
             )
     old_logits, positions = _logits(model, config, plan.original)
-    _set_parameters(config, plan.after)
+    set_parameters(config, plan.after)
     # "dynamic" finds its factor from this number, which stays that of the training
     config.max_position_embeddings = plan.original if plan.method == "dynamic" else max(plan.length, plan.original)
     if plan.method in ("linear", "abf"):  # their parameters have no room for it
         config.original_max_position_embeddings = plan.original
-    _validate(config, plan.method)
+    if why := refusal(config):
+        raise ConfigError(f"{type(config).__name__} does not take {plan.method}: {why}")
     changed = [name for name, module in rotary.items() if _rebuild(module, config)]
     for path, module in rotary.items():
         if follows:
@@ -242,13 +253,6 @@ def _owner(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name.rpartition(".")[0])
 
 
-def _set_parameters(config: Any, after: dict[str, dict[str, Any]]) -> None:
-    if "" in after:
-        config.rope_parameters = dict(after[""])
-    else:
-        config.rope_parameters = {**config.rope_parameters, **{kind: dict(p) for kind, p in after.items()}}
-
-
 def _rescaled(
     method: str, old: dict[str, Any], dim: int, original: int, length: int, factor: float, params: dict[str, Any]
 ) -> dict[str, Any]:
@@ -272,14 +276,6 @@ def _rescaled(
     if method != "linear":
         new["original_max_position_embeddings"] = original
     return new
-
-
-def _validate(config: Any, method: str) -> None:
-    """A family may take but some methods (Phi-3: longrope), and its config would not load again with another."""
-    try:
-        getattr(config, "validate_rope", lambda: None)()
-    except Exception as error:
-        raise ConfigError(f"{type(config).__name__} does not take {method}: {' '.join(str(error).split())}") from error
 
 
 def _bound(

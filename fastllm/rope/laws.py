@@ -3,12 +3,22 @@ how far a model tuned with another base can read."""
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastllm.errors import ConfigError
-from fastllm.rope._config import base_of, config_of, parameters_of, rescalable, rotated, trained_length
+from fastllm.rope._config import (
+    base_of,
+    config_of,
+    parameters_of,
+    refusal,
+    rescalable,
+    rotated,
+    set_parameters,
+    trained_length,
+)
 
 PRETRAINED_BASE = 10000.0
 
@@ -122,19 +132,20 @@ def recommend(model_or_config: Any, target_length: int) -> Recommendation:
     dim, base = rotated(config, of_kind), base_of(of_kind)
     factor = target_length / length
     params: dict[str, Any] = {}
-    tuned_base = base
+    tuned_base, why = base, ""
     if factor <= 1 or target_length <= (getattr(config, "max_position_embeddings", None) or 0):
         method, tuning, reason = "default", False, "By its configuration the model reads them: nothing is needed."
-    elif factor <= YARN_STRETCH:
+    elif factor <= YARN_STRETCH and not (why := _refuses_yarn(config, parameters, factor, length)):
         method, tuning = "yarn", False
         reason = "Works without tuning, better after a few hundred steps at the new length."
     else:
         method, tuning = "abf", True
         tuned_base = base_for(dim, base, length, target_length)
         params = {"adjusted_base": float(f"{tuned_base:.6g}")}
+        because = f"Its config does not take yarn ({why})" if why else f"Beyond {YARN_STRETCH:g} times"
         reason = (
-            f"Beyond {YARN_STRETCH:g} times, a base of {params['adjusted_base']:g} and tuning at long lengths; worse within the "
-            "trained length until then."
+            f"{because}: a base of {params['adjusted_base']:g} and tuning at long lengths; worse within the trained length until "
+            "then."
         )
     extra = critical_dimension(dim, length, base)
     bound = None if method == "yarn" else max(float(length), 2 * math.pi * tuned_base ** (extra / dim))
@@ -143,3 +154,11 @@ def recommend(model_or_config: Any, target_length: int) -> Recommendation:
     return Recommendation(
         target_length, length, method, params, factor, base, dim, extra, bound, tuning, reason, command
     )  # fmt: skip
+
+
+def _refuses_yarn(config: Any, parameters: dict[str, dict[str, Any]], factor: float, length: int) -> str:
+    tried = copy.deepcopy(config)
+    yarn = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": length}
+    kinds = rescalable(config, parameters)
+    set_parameters(tried, {kind: {"rope_theta": base_of(parameters[kind]), **yarn} for kind in kinds})
+    return refusal(tried)

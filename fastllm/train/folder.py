@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -19,6 +18,7 @@ from typing import Any
 import yaml
 
 from fastllm import __version__
+from fastllm.doctor import version
 from fastllm.errors import CheckpointError, ConfigError
 from fastllm.train import checkpoint, metrics, models, together
 from fastllm.train.config import STAGES, Options
@@ -226,7 +226,7 @@ def describe(run: Path, options: Options, sets: dict[str, Any], resumed_from: Pa
     about = {
         "fastllm": __version__,
         "python": platform.python_version(),
-        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "packages": {name: found for name in _PACKAGES if (found := version(name))},
         "git_commit": _git_commit(),
         "command": sys.argv,
         "host": socket.gethostname(),
@@ -289,13 +289,6 @@ def _warn_of_changes(run: Path, course: dict[str, Any], resumed_from: Path) -> N
 
 def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _git_commit() -> str | None:

@@ -388,7 +388,6 @@ def test_the_command_says_what_the_laws_say(capsys):
 @pytest.mark.parametrize(
     ("family", "sizes", "message"),
     [
-        ("phi3", {}, "Phi3Config does not take yarn"),
         ("deepseek_v3", {"qk_rope_head_dim": 16}, "finds its scale from RoPE parameters"),
     ],
 )
@@ -403,6 +402,22 @@ def test_a_command_that_extend_context_would_refuse_is_not_recommended_in_silenc
     said = capsys.readouterr()
     assert message in said.err
     assert len(said.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_what_a_config_does_not_take_is_not_recommended(scaled, tmp_path):
+    factors = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    more = {"rope_scaling": factors} if scaled else {}
+    config = transformers.AutoConfig.for_model("phi3", **SIZES, **more, original_max_position_embeddings=64)
+    length = 256
+    found = rope.laws.recommend(config, length)
+    assert found.method == "abf"
+    assert "does not take yarn" in found.reason
+    model = AutoModelForCausalLM.from_config(config)
+    rope.extend_context(model, length, found.method, **found.params)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(again, length), logits(model, length))
 
 
 @pytest.mark.parametrize("method", ["dynamic", "longrope"])
