@@ -108,6 +108,7 @@ def test_grpo(page, folder, tmp_path, family, adapter, how):
         if not left:  # as with vLLM, whose ratios are one a token or one a sequence
             like = inputs["completion_ids"][:, : 1 if self.importance_sampling_level == "sequence" else None]
             inputs["importance_sampling_ratio"] = torch.rand_like(like, dtype=torch.float32) + 0.5
+            inputs["completion_mask"][0] = 0  # as mask_truncated_completions does
             self.use_vllm = self.vllm_importance_sampling_correction = True
         loss = GRPOTrainer._compute_loss(self, model, inputs)
         self.use_vllm = False
