@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import numbers
 from typing import Any
 
 import torch
@@ -27,6 +28,12 @@ def is_floating(name: str, value: Any) -> None:
     is_tensor(name, value)
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got dtype {value.dtype}")
+
+
+def is_mask(name: str, value: Any) -> None:
+    is_tensor(name, value)
+    if value.dtype != torch.bool:
+        raise TypeError(f"{name} must be a bool tensor, got {value.dtype} ({name}.bool() makes one of zeros and ones)")
 
 
 def has_rank_of_at_least(name: str, value: torch.Tensor, rank: int) -> None:
@@ -62,7 +69,8 @@ def apart(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) 
 def in_range(name: str, value: float, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
     """low <= value <= high, or low < value where `open_low`; an infinite bound must not be reached."""
     if type(value) is not float and (
-        isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat))
+        isinstance(value, bool)
+        or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat, numbers.Real))  # NumPy's are Real
     ):
         raise TypeError(f"{name} must be a number, got {shown(value)}")
     above = value > low if open_low else value >= low
@@ -73,7 +81,7 @@ def in_range(name: str, value: float, low: float, high: float = float("inf"), *,
 
 def is_count(name: str, value: Any, least: int, meaning: str = "") -> None:
     """An integer of at least `least`; `meaning` says in brackets what that is."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, numbers.Integral)):
         raise TypeError(f"{name} must be an integer, got {shown(value)}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}{meaning}, got {value}")

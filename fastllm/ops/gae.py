@@ -24,7 +24,8 @@ def gae(
     """``A[t] = δ[t] + gamma * lam * (1 - done[t]) * A[t+1]``, ``δ[t] = r[t] + gamma * (1 - done[t]) * V[t+1] - V[t]``.
 
     t + 1 is the next valid token of the sequence; after the last one, V and A are 0. Tokens that `mask` leaves out, at the
-    ends or in between (prompts, tool output, other speakers), are stepped over: the state passes them unchanged.
+    ends or in between (prompts, tool output, other speakers), are stepped over: the state passes them unchanged. Where a
+    sequence was cut off, not ended, add ``gamma * value`` of the state after its last token to that token's reward.
 
     Args:
         rewards: (B, T), float32, bfloat16 or float16; float64 is served by the definition. (T,) is one sequence, or
@@ -51,14 +52,14 @@ def gae(
     shape = rewards.shape
     if not 1 <= len(shape) <= 2:
         raise ValueError(f"rewards must have shape (B, T) or (T,), got {tuple(shape)}")
+    if mask is not None:
+        _check.is_mask("mask", mask)
     for name, given in (("values", values), ("mask", mask), ("dones", dones)):
         if given is not None:
             _check.is_tensor(name, given)
             if given.shape != shape or given.device != rewards.device:
                 _check.has_shape(name, given, shape, "the shape of rewards")
                 _check.same_device(name, given, "rewards", rewards)
-    if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(f"mask must be a bool tensor, got {mask.dtype}")
     if dones is not None and dones.dtype != torch.bool:
         dones = dones != 0
     _check.in_range("gamma", gamma, 0.0, 1.0)

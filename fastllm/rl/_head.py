@@ -27,6 +27,8 @@ def with_head(head: Any, bias: Tensor | None, hidden: Tensor, body: Body[T]) -> 
     there in `body` and, for the tensors that `body` returns, again in the backward pass.
     """
     if not isinstance(head, nn.Module):
+        if not isinstance(head, Tensor):
+            raise TypeError(f"weight must be a tensor (V, C) or a linear layer, got {type(head).__name__}")
         if hasattr(head, "ds_id") and head.numel() == 0:
             raise ValueError("weight is partitioned by ZeRO-3: give the head as a module, or gather its weight first")
         return body(hidden, head, bias, None)
@@ -82,6 +84,9 @@ def _parts(head: nn.Module) -> tuple[nn.Linear, list[_Adapter]]:
 
 def _check_linear(module: Any) -> None:
     own = module.__dict__.get("forward")
+    remedy = "give its effective weight as a tensor"
+    if callable(getattr(module, "get_output_embeddings", None)):  # a model
+        remedy = "give its head, model.get_output_embeddings()"
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         what = f"a {type(module).__name__}"
     elif "_hf_hook" in module.__dict__ or (own is not None and not type(own).__module__.startswith("fastllm.")):
@@ -89,8 +94,7 @@ def _check_linear(module: Any) -> None:
     else:
         return
     raise ValueError(
-        f"weight must be a tensor (V, C) or a linear layer, with LoRA adapters or without, got {what}: give its effective weight "
-        "as a tensor"
+        f"weight must be a tensor (V, C) or a linear layer, with LoRA adapters or without, got {what}: {remedy}"
     )
 
 

@@ -13,9 +13,7 @@ from fastllm.ops import _check
 
 def check_tokens(mask: Any, **tensors: Any) -> None:
     """mask is a bool tensor, and each of `tensors` a floating-point one of its shape beside it."""
-    _check.is_tensor("mask", mask)
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be a bool tensor (True: a token that counts), got dtype {mask.dtype}")
+    _check.is_mask("mask", mask)
     for name, value in tensors.items():
         _check.is_floating(name, value)
         _check.has_shape(name, value, tuple(mask.shape), "that of mask")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -37,20 +38,33 @@ class AdaptiveKL:
         on the host.
 
         Raises:
-            ValueError: kl is NaN or n negative; the value stays as it was.
+            TypeError: kl or n is no number. ValueError: kl is NaN or has several elements, n is negative, or so large against the
+            horizon that the value would fall to 0 or below. The value stays as it was.
         """
+        _is_scalar("kl", kl)
         kl = float(kl)
         if math.isnan(kl):
             raise ValueError("kl must be a number, got nan")
         _check.in_range("n", n, 0)
-        self.value *= 1 + min(max(kl / self.target - 1, -0.2), 0.2) * n / self.horizon
+        factor = 1 + min(max(kl / self.target - 1, -0.2), 0.2) * n / self.horizon
+        if factor <= 0:
+            raise ValueError(
+                f"n must be less than 5 * horizon = {5 * self.horizon:g} for value to stay above 0, got {n}"
+            )
+        self.value *= factor
         return self.value
+
+    def __repr__(self) -> str:
+        return f"AdaptiveKL(value={self.value:g}, target={self.target:g}, horizon={self.horizon:g})"
 
     def state_dict(self) -> dict[str, Any]:
         return {"value": self.value, "target": self.target, "horizon": self.horizon}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.value, self.target, self.horizon = (float(state[name]) for name in ("value", "target", "horizon"))
+        names = ("value", "target", "horizon")
+        if missing := [name for name in names if name not in state]:
+            raise ValueError(f"state must hold {', '.join(names)}, got none for {', '.join(missing)}")
+        self.value, self.target, self.horizon = (float(state[name]) for name in names)
 
 
 def should_stop(
@@ -75,14 +89,13 @@ def should_stop(
         A bool, which a GPU is waited for. True for a KL of NaN: no step should follow that.
 
     Raises:
-        TypeError, ValueError: policy_kl or count has more than one element, or target_kl is not positive.
+        TypeError, ValueError: policy_kl or count has more than one element, count is a negative number, or target_kl is not
+            positive.
     """
-    for name, value in (("policy_kl", policy_kl), ("count", count)):
-        if isinstance(value, Tensor):
-            if value.numel() != 1:
-                raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}")
-        elif not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number or a tensor with one element, got {type(value).__name__}")
+    _is_scalar("policy_kl", policy_kl)
+    _is_scalar("count", count)
+    if not isinstance(count, Tensor):
+        _check.in_range("count", count, 0.0)
     if target_kl is None:
         return False
     _check.in_range("target_kl", target_kl, 0.0, open_low=True)
@@ -92,3 +105,11 @@ def should_stop(
     )
     total, weight = sum_over_ranks(torch.stack([kl.where(weight != 0, 0.0) * weight, weight]), group).tolist()
     return not total <= 1.5 * target_kl * weight
+
+
+def _is_scalar(name: str, value: Any) -> None:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}")
+    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number or a tensor with one element, got {type(value).__name__}")

@@ -87,6 +87,9 @@ def linear_ppo_loss(
         "value_coef": value_coef, "level": level, "aggregation": aggregation, "num_items": num_items,
         "cu_seqlens": cu_seqlens, **options,
     }  # fmt: skip
+    _check.is_floating("hidden", hidden)
+    if not 2 <= hidden.dim() <= 3:
+        raise ValueError(f"hidden must have shape (B, T, C) or (T, C), got {tuple(hidden.shape)}")
     _check.in_range("entropy_coef", entropy_coef, float("-inf"))
     rows = _Tokens(hidden, tokens, mask, bias, temperature, softcap, logit_scale, with_entropy or entropy_coef != 0)
     with torch.no_grad():  # ppo_loss's own checks of all that it is given, before any product

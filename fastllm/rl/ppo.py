@@ -68,7 +68,8 @@ def ppo_loss(
             served by the definition. (T,) is one sequence, or several with `cu_seqlens`. Each tensor may have a dtype of
             its own.
         old_logprobs: like logprobs, under the policy that sampled. No gradient.
-        advantages: like logprobs; or (B,) or (B, 1), one a sequence. No gradient.
+        advantages: like logprobs; or (B,) or (B, 1), one a sequence (packed: ``a.repeat_interleave(cu_seqlens.diff())``). No
+            gradient.
         mask: bool like logprobs, True where a token counts. What stands elsewhere, NaN included, reaches neither a result nor
             a gradient.
         clip_low, clip_high: >= 0, how far r may fall and rise before its gradient is cut.
@@ -112,9 +113,7 @@ def ppo_loss(
         ("aggregation", aggregation, AGGREGATIONS),
     ):  # fmt: skip
         _check.one_of(name, value, valid)
-    _check.is_tensor("mask", mask)
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be a bool tensor, got {mask.dtype}")
+    _check.is_mask("mask", mask)
     old_logprobs = _operand("old_logprobs", old_logprobs, logprobs)
     if (values is None) != (returns is None):
         given, missing = ("values", "returns") if returns is None else ("returns", "values")
@@ -175,7 +174,8 @@ def _operand(name: str, value: Tensor, logprobs: Tensor, by_row: bool = False) -
     if value.shape != logprobs.shape:
         rows = logprobs.shape[:1]
         if not (by_row and logprobs.dim() == 2 and value.shape in (rows, (*rows, 1))):
-            _check.has_shape(name, value, logprobs.shape, "the shape of logprobs")
+            others = f"; or {(*rows,)} or {(*rows, 1)}, one a sequence" if by_row and logprobs.dim() == 2 else ""
+            _check.has_shape(name, value, logprobs.shape, f"the shape of logprobs{others}")
         value = value.reshape(rows)
     if value.device != logprobs.device:
         _check.same_device(name, value, "logprobs", logprobs)

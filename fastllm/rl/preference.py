@@ -246,7 +246,7 @@ def reward_loss(
 
     Args:
         chosen_scores, rejected_scores: (B,) scores of the pairs; ``sequence_scores`` reads them at the last valid token.
-        margin: (B,) or a number.
+        margin: (B,), of floating point or integers, or a number.
         center: >= 0; TRL's `center_rewards_coefficient`.
         num_items: as in ``dpo_loss``.
 
@@ -261,10 +261,14 @@ def reward_loss(
     chosen, rejected = wide(chosen_scores), wide(rejected_scores)
     ahead = chosen - rejected
     if isinstance(margin, Tensor):
+        if margin.dtype == torch.bool or margin.is_complex():
+            raise TypeError(f"margin must hold real numbers, got dtype {margin.dtype}")
         _check.has_shape("margin", margin, tuple(chosen.shape), "that of chosen_scores")
         _check.same_device("margin", margin, "chosen_scores", chosen)
         ahead = ahead - margin.to(ahead.dtype)
     elif margin is not None:
+        if isinstance(margin, (list, tuple)):
+            raise TypeError(f"margin must be a tensor {tuple(chosen.shape)} or a number, got a {type(margin).__name__}")
         _check.in_range("margin", margin, float("-inf"))
         ahead = ahead - margin
     losses = -F.logsigmoid(ahead)
@@ -344,8 +348,6 @@ def _check_lengths(like: Tensor, **tensors: Any) -> None:
 
 
 def _check_labels(desirable: Any, logps: Tensor) -> None:
-    _check.is_tensor("desirable", desirable)
-    if desirable.dtype != torch.bool:
-        raise TypeError(f"desirable must be a bool tensor, got dtype {desirable.dtype}")
+    _check.is_mask("desirable", desirable)
     _check.has_shape("desirable", desirable, tuple(logps.shape), "that of logps")
     _check.same_device("desirable", desirable, "logps", logps)

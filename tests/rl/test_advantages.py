@@ -140,6 +140,15 @@ def test_bad_arguments_of_group_advantages_are_named(arguments, options, error, 
         group_advantages(*arguments, **options)
 
 
+def test_numbers_of_numpy_are_numbers():
+    rewards = torch.randn(6)
+    numpy = pytest.importorskip("numpy")
+    found = group_advantages(rewards, numpy.int64(3), eps=numpy.float32(0.5))
+    torch.testing.assert_close(found, group_advantages(rewards, 3, eps=0.5))
+    with pytest.raises(TypeError, match="group_size must be an integer"):
+        group_advantages(rewards, numpy.float32(3))
+
+
 def test_bad_arguments_of_whiten_are_named():
     with pytest.raises(TypeError, match="mask must be a bool tensor"):
         whiten(torch.zeros(3), torch.ones(3))

@@ -26,6 +26,22 @@ def test_a_kl_that_is_no_number_changes_nothing():
         kl.update(1.0, -1)
     with pytest.raises(ValueError, match="target must be"):
         AdaptiveKL(target=0.0)
+    with pytest.raises(ValueError, match=r"kl must have one element, got shape \(2,\)"):
+        kl.update(torch.ones(2), 10)
+    with pytest.raises(TypeError, match="kl must be a number or a tensor with one element, got str"):
+        kl.update("much", 10)
+    with pytest.raises(ValueError, match="state must hold value, target, horizon, got none for target, horizon"):
+        kl.load_state_dict({"value": 1.0})
+    assert repr(kl) == "AdaptiveKL(value=0.2, target=6, horizon=10000)"
+
+
+def test_the_coefficient_never_turns_into_a_bonus():
+    kl = AdaptiveKL(init=0.2, target=6.0, horizon=100)
+    with pytest.raises(ValueError, match=r"n must be less than 5 [*] horizon = 500 .*got 500"):
+        kl.update(0.0, 500)
+    assert kl.value == 0.2
+    assert kl.update(0.0, 499) == pytest.approx(0.2 * 0.002)
+    assert kl.update(60.0, 1000) == pytest.approx(0.2 * 0.002 * 3)
 
 
 def test_stops_beyond_one_and_a_half_times_the_target():
@@ -45,3 +61,5 @@ def test_bad_arguments_are_named():
         should_stop(0.1, 0.0)
     with pytest.raises(TypeError, match="policy_kl must be a number"):
         should_stop("much", 0.1)
+    with pytest.raises(ValueError, match=r"count must be a finite number >= 0[.]0, got -1"):
+        should_stop(0.1, 0.1, count=-1)

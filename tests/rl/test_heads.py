@@ -272,6 +272,10 @@ def test_heads_that_are_not_understood_are_refused():
 
     with pytest.raises(ValueError, match=r"weight must be a tensor .*got a Sequential: give its effective weight"):
         loss(nn.Sequential(nn.Linear(CHANNELS, CLASSES)))
+    model = nn.Sequential()
+    model.get_output_embeddings = lambda: None
+    with pytest.raises(ValueError, match=r"got a Sequential: give its head, model.get_output_embeddings\(\)"):
+        loss(model)
     with pytest.raises(ValueError, match="adapter 'default' of variant Dora"):
         loss(adapted(use_dora=True).base_model.model.head)
     with pytest.raises(ValueError, match="bias must be None where weight is a module"):

@@ -404,6 +404,12 @@ def test_peak_memory_is_a_fraction_of_the_unfused_form_s(monkeypatch):
         ({"bias": torch.zeros(4)}, ValueError, r"bias must have shape \(5,\)"),
         ({"values": torch.zeros(2, 3)}, ValueError, "values was given without returns"),
         ({"hidden": torch.zeros(2, 3, 8, dtype=torch.long)}, TypeError, "hidden must be a floating-point tensor"),
+        (
+            {"hidden": torch.zeros(1, 2, 3, 8)},
+            ValueError,
+            r"hidden must have shape \(B, T, C\) or \(T, C\), got \(1, 2, 3, 8\)",
+        ),
+        ({"weight": None}, TypeError, r"weight must be a tensor \(V, C\) or a linear layer, got NoneType"),
     ],
 )
 def test_bad_arguments_are_named_before_any_product(monkeypatch, change, error, message):

@@ -307,5 +307,9 @@ def test_bad_arguments_of_the_others_are_named():
         simpo_loss(zeros, zeros, ones, ones, gamma=float("nan"))
     with pytest.raises(ValueError, match=r"margin must have shape \(2,\)"):
         reward_loss(zeros, zeros, margin=torch.ones(3))
+    with pytest.raises(TypeError, match="margin must hold real numbers, got dtype"):
+        reward_loss(zeros, zeros, margin=ones.to(torch.complex64))
+    with pytest.raises(TypeError, match=r"margin must be a tensor \(2,\) or a number, got a list"):
+        reward_loss(zeros, zeros, margin=[1.0, 1.0])
     with pytest.raises(ValueError, match="center must be"):
         reward_loss(zeros, zeros, center=-0.1)
