@@ -22,6 +22,7 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
+from fastllm import rl
 from fastllm.train.examples import byte_tokenizer, tiny_config
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "rl.md"
@@ -150,3 +151,19 @@ def test_dpo(page, folder, tmp_path, family, adapter, how, left):
     data = {"train_dataset": Dataset.from_dict(rows), "processing_class": byte_tokenizer()}
     expect_warning(trainer(folder(family), args=options, peft_config=adapter, **data).train, left)
     assert trainer.steps == 2
+
+
+def test_the_precision_is_that_of_the_trainer(page, folder, tmp_path, monkeypatch):
+    def linear_dpo_loss(*args, loss=rl.linear_dpo_loss, **options):
+        autocast.append(torch.is_autocast_enabled("cpu"))
+        return loss(*args, **options)
+
+    autocast = []
+    monkeypatch.setattr(rl, "linear_dpo_loss", linear_dpo_loss)
+    page["FusedDPOTrainer"](
+        folder(LlamaForCausalLM),
+        args=DPOConfig(output_dir=str(tmp_path), **{**COMMON, "bf16": True}),
+        train_dataset=Dataset.from_dict({"prompt": ["ab"] * 8, "chosen": ["yes"] * 8, "rejected": ["no"] * 8}),
+        processing_class=byte_tokenizer(),
+    ).train()
+    assert autocast == [True, True]
