@@ -60,8 +60,7 @@ def linear_ppo_loss(
             gradient. Or the head itself: a linear layer, with PEFT's LoRA adapters or without, which is called with its hooks, so
             that weights partitioned by DeepSpeed's ZeRO-3 are gathered for as long as they are needed.
         tokens: (B, T) the sampled tokens in [0, V), any integer dtype; what stands at masked ones does not matter.
-        old_logprobs: as in ``ppo_loss``; None for a policy that has not moved since it sampled, so that its own are taken.
-        advantages, mask: as in ``ppo_loss``.
+        old_logprobs, advantages, mask: as in ``ppo_loss``.
         bias: (V,), added to the logits before logit_scale multiplies, softcap caps and temperature divides them, as in
             ``ops.linear_token_logprobs``. None where weight is a module, whose own bias counts.
         with_entropy: have `entropy` in stats also where entropy_coef is 0. Otherwise entropies are not computed then.

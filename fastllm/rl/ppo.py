@@ -27,7 +27,7 @@ _OF_VALUES = ("value_loss", "value_clip_fraction", "returns_mean", "value_mean",
 
 def ppo_loss(
     logprobs: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor,
     *,
@@ -67,7 +67,8 @@ def ppo_loss(
         logprobs: (B, T) log-probabilities of the sampled tokens under the policy, float32, bfloat16 or float16; float64 is
             served by the definition. (T,) is one sequence, or several with `cu_seqlens`. Each tensor may have a dtype of
             its own.
-        old_logprobs: like logprobs, under the policy that sampled. No gradient.
+        old_logprobs: like logprobs, under the policy that sampled; None for one that has not moved since, so that they are
+            logprobs themselves. No gradient.
         advantages: like logprobs; or (B,) or (B, 1), one a sequence (packed: ``a.repeat_interleave(cu_seqlens.diff())``). No
             gradient.
         mask: bool like logprobs, True where a token counts. What stands elsewhere, NaN included, reaches neither a result nor
@@ -114,7 +115,7 @@ def ppo_loss(
     ):  # fmt: skip
         _check.one_of(name, value, valid)
     _check.is_mask("mask", mask)
-    old_logprobs = _operand("old_logprobs", old_logprobs, logprobs)
+    old_logprobs = logprobs.detach() if old_logprobs is None else _operand("old_logprobs", old_logprobs, logprobs)
     if (values is None) != (returns is None):
         given, missing = ("values", "returns") if returns is None else ("returns", "values")
         raise ValueError(f"{given} was given without {missing}: the value loss needs both")

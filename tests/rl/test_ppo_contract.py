@@ -129,6 +129,18 @@ def positional(given, cu_seqlens=None):
     return (*(given.get(n) for n in names), cu_seqlens)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_without_old_logprobs_the_policy_has_not_moved(level):
+    g = given_without_nan()
+    how = {"advantages": g["advantages"], "mask": g["mask"], "level": level}
+    loss, stats = ppo_loss(g["logprobs"], None, **how)
+    assert stats["ratio_max"] == 1
+    assert_agrees(loss, ppo_loss(g["logprobs"], g["logprobs"].detach().clone(), **how).loss, g, ("logprobs",))
+    # the policy gradient: that of -A * logprobs
+    theirs = ppo_loss(g["logprobs"], None, **how | {"level": "token"}, variant="reinforce").loss
+    torch.testing.assert_close(*(torch.autograd.grad(x, g["logprobs"])[0].sum() for x in (loss, theirs)))
+
+
 def test_opcheck():
     given = given_without_nan(3, 6)
     few = {n: t for n, t in given.items() if n in ("logprobs", "old_logprobs", "advantages", "mask")}
