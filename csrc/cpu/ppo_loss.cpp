@@ -357,12 +357,15 @@ struct PpoRows {
   void each(int64_t tokens, const F& f, const std::vector<double>& valid = {}) const {
     const int64_t n = int64_t(segments.size()), parts = parts_for(n, 8 * tokens / std::max<int64_t>(1, n));
     std::vector<int64_t> first(parts + 1, n);  // part's first segment
-    for (int64_t part = 0; part < parts; ++part) first[part] = n * part / parts;
-    if (!valid.empty()) {
+    first[0] = 0;
+    if (valid.empty()) {
+      for (int64_t part = 1; part < parts; ++part) first[part] = n * part / parts;
+    } else {
       const auto work = [&](int64_t i) { return valid[i] + double(segments[i].end - segments[i].begin) / 8; };
       double whole = 0, done = 0;
       for (int64_t i = 0; i < n; ++i) whole += work(i);
-      for (int64_t i = 0, part = 1; part < parts; done += work(i++)) {
+      // A last segment of more than twice a part's work leaves nothing to the parts behind it.
+      for (int64_t i = 0, part = 1; i < n; done += work(i++)) {
         while (part < parts && done + work(i) / 2 >= whole * double(part) / double(parts)) first[part++] = i;
       }
     }

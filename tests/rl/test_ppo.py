@@ -1,3 +1,5 @@
+import ctypes
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -472,6 +474,30 @@ def test_two_runs_give_the_same_bits_whatever_the_threads():
         torch.set_num_threads(threads)
     for other in found[1:]:
         assert_same(other, found[0], rtol=0, atol=0, equal_nan=True)
+
+
+def leave_behind(byte, size):
+    """Fills heap memory that the next allocations of `size` bytes will get with `byte`, as earlier work of any kind does."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+    places = [libc.malloc(size) for _ in range(20)]
+    for place in places:
+        ctypes.memset(place, byte, size)
+    for place in places:
+        libc.free(place)
+
+
+def test_a_last_segment_with_most_of_the_work_is_one_thread_s():
+    given = {n: torch.randn(4, 4096) for n in ("logprobs", "old_logprobs", "advantages")}
+    given["mask"] = torch.tensor([False, False, False, True]).unsqueeze(1).expand(4, 4096).contiguous()
+    expected, threads = run(given), torch.get_num_threads()
+    try:
+        for count in (3, 4, 7):
+            torch.set_num_threads(count)
+            leave_behind(0xFE, 40)  # as a float64, which is what lies beyond the segments' counts, -5e303
+            assert_same(run(given), expected, rtol=0, atol=0)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_the_graph_may_be_used_twice_and_the_loss_scaled():
