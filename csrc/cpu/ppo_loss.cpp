@@ -277,7 +277,7 @@ static void values_of_block(Block& block, const PpoRow& row, PpoSums& sums) {
     all_v += v;
     all_r += r;
     all_e += e;
-    store(grad + j, p.value_coef ? slope * coef : Vec(0.f), lanes);
+    store(grad + j, keep(valid, p.value_coef ? slope * coef : Vec(0.f)), lanes);
   });
   sums.value = 0.5 * double(losses.sum()) * row.weight;
   sums.value_clipped = cut.sum();

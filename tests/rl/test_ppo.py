@@ -290,6 +290,14 @@ def test_masked_tokens_have_gradient_zero_under_any_scale(backend, device, how):
 
 
 @each_backend
+def test_masked_tokens_have_gradient_zero_where_a_coefficient_over_the_normaliser_overflows(backend, device):
+    given = batch(3, 6, torch.float32)
+    _, grads = run(given, backend, device, value_coef=100.0, entropy_coef=100.0, kl_coef=100.0, num_items=1e-38)
+    for name, grad in grads.items():
+        assert torch.equal(grad.cpu()[~given["mask"]], torch.zeros(int((~given["mask"]).sum()))), name
+
+
+@each_backend
 def test_extreme_ratios_stay_finite(backend, device):
     given = batch(2, 8, torch.float32, masked=0.0)
     given = {n: t for n, t in given.items() if n != "ref_logprobs"}
