@@ -216,11 +216,17 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * (_TENSORS + len(ctx.how))
+    return _rescaled(ctx, grad_loss, ctx.saved_tensors)
+
+
+def _rescaled(ctx: Any, grad_loss: Tensor, saved: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients as new tensors, from what a backward pass may take out of a checkpoint only once."""
     wanted: list[Tensor | None] = [None] * (_TENSORS + len(ctx.how))
-    if grad_loss is not None:
-        inputs = ctx.saved_tensors[4:]
-        for i, grad in zip(_LEARNT, _ppo_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.how)):
-            wanted[i] = None if inputs[i] is None else grad
+    inputs = saved[1 + len(_LEARNT) :]
+    for i, grad in zip(_LEARNT, _ppo_loss_backward(grad_loss, *saved, *ctx.how)):
+        wanted[i] = None if inputs[i] is None else grad
     return tuple(wanted)
 
 
@@ -229,13 +235,13 @@ def _backward_once(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor 
     where nothing is left to multiply them by."""
     if grad_loss is None:
         return (None,) * (_TENSORS + len(ctx.how))
-    scale, *saved = ctx.saved_tensors
-    grads, inputs = saved[:3], saved[3:]
+    scale, *rest = saved = ctx.saved_tensors
+    grads, inputs = rest[: len(_LEARNT)], rest[len(_LEARNT) :]
     stored = all(
         inputs[i] is None or inputs[i].dtype == torch.float32 for i in _LEARNT
     )  # in the dtypes that they are to have
     if not stored or backends.forced not in (None, "cpp") or scale.device.type != "cpu":
-        return _backward(ctx, grad_loss)
+        return _rescaled(ctx, grad_loss, saved)
     if grad_loss.item() * scale.item() != 1:
         _ppo_loss_backward_(grad_loss, scale, inputs[3], *grads)
     wanted: list[Tensor | None] = [None] * (_TENSORS + len(ctx.how))

@@ -101,7 +101,8 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        *operands, target, stats, scale = ctx.saved_tensors[:8]
+        saved = ctx.saved_tensors  # asked for once: a checkpoint has them only once
+        *operands, target, stats, scale = saved[:8]
         wanted = ctx.needs_input_grad[5:]
         first, second = grads[0], None if ctx.at_once or not ctx.how.with_entropy else grads[1]
         if first is None and second is None:
@@ -116,7 +117,7 @@ class _Rows(torch.autograd.Function):
         elif ctx.at_once:
             assert first is not None
             factor = first * scale
-            found = [_linear_rows.scaled(g, factor) if want else None for g, want in zip(ctx.saved_tensors[8:], wanted)]
+            found = [_linear_rows.scaled(g, factor) if want else None for g, want in zip(saved[8:], wanted)]
         else:
             hidden, weight, bias, u, b = operands
             if first is None:

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 import fastllm
 from bench.device import Cpu
@@ -270,6 +271,21 @@ def test_second_derivatives_and_second_backward_passes_in_fp32(level):
         torch.testing.assert_close(2 * once, twice)
         found[name] = (grad, *again, torch.autograd.grad(result.loss, a["weight"])[0])
     torch.testing.assert_close(found["fused"], found["unfused"], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_checkpointing_agrees(level):
+    learnt, tokens, mask, given = batch(dtype=torch.float32)
+    a, b = with_gradients(learnt), with_gradients(learnt)
+
+    def loss(*learnt):
+        return fused(dict(zip(a, learnt)), tokens, mask, given, level=level, **HOW, **COEFS).loss
+
+    expected = torch.autograd.grad(loss(*b.values()), tuple(b.values()))
+    for kept in (True, False):
+        found = checkpoint(loss, *a.values(), use_reentrant=False)
+        assert torch.equal(found, loss(*b.values()))
+        torch.testing.assert_close(torch.autograd.grad(found, tuple(a.values()), retain_graph=kept), expected)
 
 
 @pytest.mark.parametrize("level", LEVELS)

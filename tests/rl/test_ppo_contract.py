@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import fastllm
 from fastllm.rl import ppo_loss
@@ -170,6 +171,24 @@ def test_compiles_without_a_graph_break():
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(stats, told)
     torch.testing.assert_close(grads_of(loss, given), grads_of(expected, given))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_agrees(dtype, reentrant):
+    given = given_without_nan(3, 8, dtype)
+
+    def loss(*learnt):
+        return ppo_loss(**given | dict(zip(LEARNT, learnt)), **COEFS).loss
+
+    learnt = [given[name] for name in LEARNT]
+    expected = torch.autograd.grad(loss(*learnt) * 0.3, learnt)
+    for kept in (False, True):
+        found = checkpoint(loss, *learnt, use_reentrant=reentrant) * 0.3
+        found.backward(retain_graph=kept)
+        torch.testing.assert_close([x.grad for x in learnt], list(expected))
+        for x in learnt:
+            x.grad = None
 
 
 def test_explain_says_which_kernel_serves():
