@@ -234,6 +234,15 @@ def is_batched(grad: torch.Tensor) -> bool:
     return torch._C._functorch.is_legacy_batchedtensor(grad) or torch._C._functorch.is_batchedtensor(grad)
 
 
+def is_traced(tensor: torch.Tensor) -> bool:
+    """Whether what is done with it may be on record, to be done again with other numbers: its own, if any, decide nothing."""
+    return (
+        type(tensor) is not torch.Tensor
+        or torch._C._len_torch_dispatch_stack() > 0  # make_fx, FakeTensorMode
+        or torch.compiler.is_compiling()
+    )
+
+
 class _Eager(torch.autograd.Function):
     """An op's own gradient rule around a direct call of its kernel."""
 

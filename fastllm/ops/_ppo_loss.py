@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastllm import backends
-from fastllm.ops._op import Op, vjp
+from fastllm.ops._op import Op, is_traced, vjp
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 LEVELS = ("token", "sequence")
@@ -242,7 +242,7 @@ def _backward_once(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor 
     )  # in the dtypes that they are to have
     if not stored or backends.forced not in (None, "cpp") or scale.device.type != "cpu":
         return _rescaled(ctx, grad_loss, saved)
-    if grad_loss.item() * scale.item() != 1:
+    if is_traced(grad_loss) or grad_loss.item() * scale.item() != 1:
         _ppo_loss_backward_(grad_loss, scale, inputs[3], *grads)
     wanted: list[Tensor | None] = [None] * (_TENSORS + len(ctx.how))
     for i, grad in zip(_LEARNT, grads):

@@ -487,8 +487,8 @@ def test_two_runs_give_the_same_bits_whatever_the_threads():
 def leave_behind(byte, size):
     """Fills heap memory that the next allocations of `size` bytes will get with `byte`, as earlier work of any kind does."""
     libc = ctypes.CDLL(None)
-    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
-    places = [libc.malloc(size) for _ in range(20)]
+    libc.malloc.restype = ctypes.c_void_p
+    places = [ctypes.c_void_p(libc.malloc(ctypes.c_size_t(size))) for _ in range(20)]
     for place in places:
         ctypes.memset(place, byte, size)
     for place in places:

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import fastllm
@@ -171,6 +173,22 @@ def test_compiles_without_a_graph_break():
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(stats, told)
     torch.testing.assert_close(grads_of(loss, given), grads_of(expected, given))
+
+
+def test_forward_and_backward_pass_are_traced_together():
+    given = given_without_nan(3, 8)
+    learnt = [given[name] for name in LEARNT]
+
+    def grads(scale, *learnt):
+        loss = ppo_loss(**given | dict(zip(LEARNT, learnt)), **COEFS).loss
+        return torch.autograd.grad(loss, learnt, scale)
+
+    traced = make_fx(grads)(torch.tensor(1.0), *learnt)
+    for scale in (torch.tensor(1.0), torch.tensor(0.3)):
+        torch.testing.assert_close(traced(scale, *learnt), grads(scale, *learnt))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for grad, x in zip(grads(torch.tensor(1.0), *learnt), learnt):
+            assert grad.shape == x.shape
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
