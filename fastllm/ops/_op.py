@@ -141,7 +141,7 @@ class Op:
         if backend == "torch":
             return self.definition(x, *args)
         if backend == "triton" and x.device.type == "cpu":
-            return self.launch(x, *args) if self.mutates else _apply(self, self.launch, x, *args)
+            return self.launch(x, *args) if self.mutates else _Eager.apply(self, self.launch, x, *args)
         return self.cuda_op(x, *args) if backend == "cuda" else self.torch_op(x, *args)
 
     def _define_cuda(self, schema: str, fake: Callable[..., Any]) -> None:
@@ -268,5 +268,6 @@ class _Eager(torch.autograd.Function):
         return (None, None, *found) if isinstance(found, tuple) else (None, None, found)
 
 
-# Without Function.apply's own look at every argument for what torch.func left behind, which PyTorch's dispatcher sees to as well.
+# Without Function.apply's own look at every argument for what torch.func left behind: only for kernels that PyTorch's dispatcher
+# calls, which sees to that as well.
 _apply = super(torch.autograd.Function, _Eager).apply

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import fastllm
 from fastllm import backends, ops
 from fastllm.ops import _op, rms_norm
+from tests.ops.harness import each_backend
 
 
 def test_available_names_the_definition_first():
@@ -209,10 +210,12 @@ def test_torch_compile_leaves_an_expanded_mask_expanded():
     assert "(2, 3, 5, 7), (7, 0, 0, 1)" in call
 
 
-def test_a_tensor_that_torch_func_left_behind_serves():
-    x, left = torch.randn(3, 8), []
+@each_backend
+def test_a_tensor_that_torch_func_left_behind_serves(backend, device):
+    x, left = torch.randn(3, 8, device=device), []
     torch.func.grad(lambda x: (left.append(x), x.sum())[1])(x)
-    weight = torch.ones(8, requires_grad=True)
-    for given in (x, left[0]):
-        rms_norm(given, weight).sum().backward()
-    torch.testing.assert_close(weight.grad, 2 * torch.autograd.grad(rms_norm(x, weight).sum(), weight)[0])
+    weight = torch.ones(8, device=device, requires_grad=True)
+    with fastllm.use_backend(backend):
+        for given in (x, left[0]):
+            rms_norm(given, weight).sum().backward()
+        torch.testing.assert_close(weight.grad, 2 * torch.autograd.grad(rms_norm(x, weight).sum(), weight)[0])
