@@ -260,15 +260,15 @@ static void values_of_block(Block& block, const PpoRow& row, PpoSums& sums) {
   const float* old = p.old_values.data ? block.column(p.old_values, 2) : nullptr;
   float* grad = p.grad_values + block.at;
   const Vec coef = p.value_coef * row.share, reach = p.value_clip;
-  Vec losses = 0.f, cut = 0.f, all_v = 0.f, all_r = 0.f, all_e = 0.f;
+  Vec losses = 0.f, cut = 0.f, all_v = 0.f, all_r = 0.f, all_e = 0.f, all_o = 0.f;
   for_each_vector(block.n, [&](int64_t j, int lanes) {
     const Vec valid = load(block.valid + j, lanes);
     const Vec v = keep(valid, block.load(values, j, lanes)), r = keep(valid, block.load(returns, j, lanes)), e = v - r;
     Vec loss = e * e, slope = e;
     if (old) {
       const Vec from = keep(valid, block.load(old, j, lanes)), f = clamp(v, from - reach, from + reach) - r;
-      // A NaN among the old values, which comparisons pass over, comes out as it does from the definition.
-      const Vec clipped = fma(f, f, from - from);
+      const Vec clipped = f * f;
+      all_o += from;
       cut += where_less(loss, clipped, Vec(1.f), Vec(0.f));
       slope = where_less(loss, clipped, Vec(0.f), slope);
       loss = where_less(clipped, loss, loss, clipped);
@@ -279,7 +279,9 @@ static void values_of_block(Block& block, const PpoRow& row, PpoSums& sums) {
     all_e += e;
     store(grad + j, keep(valid, p.value_coef ? slope * coef : Vec(0.f)), lanes);
   });
-  sums.value = 0.5 * double(losses.sum()) * row.weight;
+  const float of_old = all_o.sum();
+  // A NaN among the old values, which comparisons pass over, comes out as it does from the definition.
+  sums.value = of_old == of_old ? 0.5 * double(losses.sum()) * row.weight : of_old;
   sums.value_clipped = cut.sum();
   sums.values = all_v.sum(), sums.returns = all_r.sum(), sums.errors = -double(all_e.sum());
   const Vec mean_r = float(sums.returns / sums.count), mean_e = float(-sums.errors / sums.count);

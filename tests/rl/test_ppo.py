@@ -347,6 +347,14 @@ def test_nan_of_a_valid_token_comes_out_as_the_definition_has_it(backend, device
 
 
 @each_backend
+@pytest.mark.parametrize("endless", [torch.inf, -torch.inf])
+def test_an_infinite_old_value_comes_out_as_the_definition_has_it(backend, device, endless):
+    given = batch(3, 6, torch.float32, masked=0.0)
+    given["old_values"][2, 3] = endless
+    check(given, torch.float32, backend, device, **COEFS)
+
+
+@each_backend
 def test_k3_near_the_reference_keeps_its_digits(backend, device):
     """d²/2 of a difference d, of which e^-d - 1 + d would have none left in fp32: its mean and its gradient, d."""
     given = {

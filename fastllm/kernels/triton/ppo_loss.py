@@ -230,7 +230,7 @@ def _tokens_kernel(
                 larger = e * e > square
                 value_clipped_sum += tl.sum(tl.where(larger, 1.0, 0.0), 0)
                 # A NaN among the old values, which comparisons pass over, comes out as it does from the definition.
-                square = tl.where(larger, e * e, square) + (old - old)
+                square = tl.where(old == old, tl.where(larger, e * e, square), old)
                 slope = tl.where(larger, 0.0, slope)
             value_loss_sum += tl.sum(0.5 * square * weight, 0)
             if value_coef == 0:  # whatever the values are
