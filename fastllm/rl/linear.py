@@ -144,7 +144,7 @@ def _token_derivative(
             num_items=num_items, cu_seqlens=cu_seqlens,
         )  # fmt: skip
         (weights,) = torch.autograd.grad(counted.loss, ones)
-    scale = weights.amax() if weights.numel() else weights.sum()
+    scale = weights.abs().amax() if weights.numel() else weights.sum()
     weights = rows.pick(weights / scale.where(scale > 0, 1.0))
     valid = rows.pick(mask)
     given = {}

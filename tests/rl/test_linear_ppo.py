@@ -273,6 +273,16 @@ def test_second_derivatives_and_second_backward_passes_in_fp32(level):
     torch.testing.assert_close(found["fused"], found["unfused"], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_normaliser_may_have_any_sign(masked):
+    learnt, tokens, mask, given = batch(dtype=torch.float32)
+    a, b, mask = with_gradients(learnt), with_gradients(learnt), mask if masked else torch.ones_like(mask)
+    ours, theirs = (
+        f(x, tokens, mask, given, num_items=torch.tensor(-4.0), **COEFS) for f, x in ((fused, a), (unfused, b))
+    )
+    assert_same(ours, a, theirs, b, atol=1e-5, rtol=2e-5)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_checkpointing_agrees(level):
     learnt, tokens, mask, given = batch(dtype=torch.float32)
