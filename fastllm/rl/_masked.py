@@ -11,6 +11,13 @@ from torch import Tensor
 from fastllm.ops import _check
 
 
+def saveable(x: Tensor) -> Tensor:
+    """x as autograd can save it: what torch.inference_mode made, in a rollout say, it does not take as it is."""
+    if torch.compiler.is_compiling() or not x.is_inference() or torch.is_inference_mode_enabled():
+        return x
+    return x.clone()
+
+
 def check_tokens(mask: Any, **tensors: Any) -> None:
     """mask is a bool tensor, and each of `tensors` a floating-point one of its shape beside it."""
     _check.is_mask("mask", mask)

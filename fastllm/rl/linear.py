@@ -11,7 +11,7 @@ from fastllm.ops import _check, _softmax_rows
 from fastllm.ops._linear_rows import Rows, check_operands
 from fastllm.rl._head import with_head
 from fastllm.rl._linear_logprobs import Operands, composed, is_plain, logprobs, loss_of
-from fastllm.rl._masked import check_tokens, kept
+from fastllm.rl._masked import check_tokens, kept, saveable
 from fastllm.rl.ppo import PPOLoss, ppo_loss
 
 
@@ -291,7 +291,7 @@ class _Tokens:
             raise TypeError(f"tokens must hold token indices (an integer tensor), got dtype {tokens.dtype}")
         _check.has_shape("tokens", tokens, tuple(hidden.shape[:-1]), "the leading dimensions of hidden")
         _check.same_device("tokens", tokens, "hidden", hidden)
-        tokens = tokens.long()
+        tokens = saveable(tokens.long())
         _check.in_range("temperature", temperature, 0.0, open_low=True)
         if softcap is not None:
             _check.in_range("softcap", softcap, 0.0, open_low=True)

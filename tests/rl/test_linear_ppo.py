@@ -466,3 +466,19 @@ def test_forced_backends_agree_with_each_other():
             result = fused(a, tokens, mask, given, **HOW, **COEFS)
         found.append((result.loss, gradients(result, a)))
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_rollout_may_have_been_made_in_inference_mode(level):
+    hidden, weight = torch.randn(2, 8, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    tokens, old, advantages = torch.randint(50, (2, 8)), -torch.rand(2, 8), torch.randn(2)
+    mask = torch.ones(2, 8, dtype=torch.bool)
+    with torch.inference_mode():
+        made = [t.clone() for t in (tokens, old, advantages, mask)]
+    for given in ((tokens, old, advantages, mask), made):
+        linear_ppo_loss(hidden, weight, *given, level=level).loss.backward()
+        hidden.grad, twice = None, hidden.grad
+    alone = torch.autograd.grad(
+        linear_ppo_loss(hidden, weight, tokens, old, advantages, mask, level=level).loss, hidden
+    )
+    torch.testing.assert_close((twice,), alone)
