@@ -20,7 +20,7 @@ import yaml
 from fastllm import __version__
 from fastllm.doctor import version
 from fastllm.errors import CheckpointError, ConfigError
-from fastllm.train import checkpoint, metrics, models, together
+from fastllm.train import checkpoint, lock, metrics, models, together
 from fastllm.train.config import STAGES, Options
 from fastllm.train.online import options as online
 
@@ -34,6 +34,8 @@ _PATIENCE = 5.0  # seconds in which a network's file system shows one machine wh
 def new(options: Options) -> Path:
     """A folder that no other run has, MODEL-STAGE-HOST-TIME in output_dir, the same for all processes of this run. With
     save_on_each_node every machine has one of that name in its own output_dir.
+
+    Until this run ends no other one trains there.
 
     Raises:
         ConfigError: it cannot be made; the machines do not share it, or do where save_on_each_node says that they do not.
@@ -49,11 +51,10 @@ def new(options: Options) -> Path:
     raise ConfigError(f"output_dir: {root} has a thousand runs of this second")
 
 
-def resumed(checkpoint_folder: Path, options: Options) -> Path:
-    """The folder of the run that goes on. Raises: as `new`."""
-    path = checkpoint_folder.parent
+def _take(path: Path, options: Options) -> None:
+    """Of the folder of a run that goes on. Raises: as `new`, and where another run trains there."""
     told, mark = _placed(path, options, make=False)
-    return _checked(path, told, mark, options)
+    _checked(path, told, mark, options)
 
 
 def _placed(path: Path, options: Options, *, make: bool) -> tuple[list[str], Path]:
@@ -76,6 +77,8 @@ def _marked(path: Path, mark: Path, make: bool, patience: float) -> str:
             return "seen"
         if make:
             path.mkdir(parents=True)
+        if other := lock.hold(path):
+            return f"resume_from_checkpoint: {other}"
         mark.touch()
     except FileExistsError:
         return "seen" if _appears(mark, patience) else "taken"
@@ -111,11 +114,13 @@ def _checked(path: Path, told: list[str], mark: Path, options: Options) -> Path:
 
 
 def _unmark(mark: Path, told: list[str], *, keep: bool) -> None:
-    """Takes away what this process has put there: the mark and, unless it is kept, the folder."""
+    """Takes away what this process has put there: the mark and, unless it is kept, the lock and the folder."""
     if told[together.rank()] == "made":
         mark.unlink(missing_ok=True)
-        if not keep and not any(mark.parent.iterdir()):
-            mark.parent.rmdir()
+        if not keep:
+            lock.release(mark.parent)
+            if not any(mark.parent.iterdir()):
+                mark.parent.rmdir()
 
 
 def _root(options: Options) -> Path:
@@ -136,11 +141,22 @@ def _prefix(options: Options) -> str:
 
 
 def checkpoint_to_resume(options: Options) -> Path | None:
-    """The newest checkpoint meant by resume_from_checkpoint that is complete on every machine; None for a run from the beginning.
+    """The newest checkpoint meant by resume_from_checkpoint that is complete on every machine, in a folder that from now on no other
+    run trains in; None for a run from the beginning.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none. ConfigError: another run trains there; as `new`.
     """
+    found = _newest(options)
+    if found is None:
+        return None
+    _take(found.parent, options)
+    if _newest(options) != found:
+        raise CheckpointError(f"{found.parent} went on while it was looked at, and that has just ended: start again")
+    return found
+
+
+def _newest(options: Options) -> Path | None:
     wanted = options.arguments.resume_from_checkpoint
     if wanted is None:
         return None

@@ -13,7 +13,7 @@ from typing import Any
 import transformers
 
 from fastllm.errors import ConfigError
-from fastllm.train import checkpoint, folder, models, together
+from fastllm.train import checkpoint, folder, lock, models, together
 from fastllm.train.callback import ThroughputCallback
 from fastllm.train.config import PREFERENCES, Options
 from fastllm.train.data import Data, prepare
@@ -87,7 +87,7 @@ class Run:
         check_optimizer(args, model)
         kind, more = _trainer(options, model, self.tokenizer)
         folder.check_course(options, sets)
-        self.folder = folder.resumed(self.resumed, options) if self.resumed else folder.new(options)
+        self.folder = self.resumed.parent if self.resumed else folder.new(options)
         args.output_dir = str(self.folder)
         args.run_name = args.run_name or self.folder.name  # in Weights & Biases
         args.disable_tqdm = True  # ThroughputCallback has the progress bar
@@ -117,6 +117,12 @@ class Run:
         Raises:
             CheckpointError: no room to save.
         """
+        try:
+            return self._go()
+        finally:
+            lock.release(self.folder)
+
+    def _go(self) -> Result:
         args = self.options.arguments
         before = checkpoint.read_state(self.resumed)["global_step"] if self.resumed else 0
         if 0 < args.max_steps <= before:  # transformers would make one step more

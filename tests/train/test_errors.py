@@ -1,7 +1,11 @@
 """What goes wrong with models, checkpoints and libraries is one line and exit code 2, and leaves everything as it was."""
 
+import errno
 import json
+import os
 import shutil
+import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from fastllm import cli
-from fastllm.train import command, config
+from fastllm.train import command, config, lock
 from fastllm.train.run import Run
 
 transformers = pytest.importorskip("transformers")
@@ -156,6 +160,83 @@ def test_resuming_needs_a_whole_checkpoint_of_the_same_stage(call, tmp_path, wri
         assert f"{name} cannot be read" in refused()
         path.write_bytes(whole)
     assert call(resume_from_checkpoint=str(run), max_steps=3)[0] == 0
+
+
+@contextmanager
+def training_elsewhere(folder):
+    """Another process that holds a run's folder, and is killed."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(write, b"%d" % (not lock.hold(folder)))
+            signal.pause()
+        finally:
+            os._exit(1)
+    try:
+        assert os.read(read, 1) == b"1"
+        yield child
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_one_run_at_a_time_trains_in_a_folder_and_a_killed_one_keeps_nobody_out(call, tmp_path):
+    assert call(max_steps=1)[0] == 0
+    run = next((tmp_path / "runs").iterdir())
+    before = everything_in(run)
+    for resume in (str(run), "latest"):
+        with training_elsewhere(run) as process:
+            code, said = call(resume_from_checkpoint=resume, max_steps=2)
+            assert code == 2
+            assert f"resume_from_checkpoint: process {process} on " in said
+            assert f" trains in {run} since " in said
+        assert (run / lock.NAME).is_file(), "the test's own premise: a kill leaves it"
+        assert everything_in(run).keys() - before.keys() == {run / lock.NAME}
+        assert everything_in(run).items() >= before.items()
+    assert call(resume_from_checkpoint=str(run), max_steps=2)[0] == 0
+    assert not (run / lock.NAME).exists()
+
+
+def test_a_run_that_ends_while_another_begins_to_go_on_is_not_gone_on_from_where_it_was(call, tmp_path, monkeypatch):
+    assert call(max_steps=1)[0] == 0
+    run = next((tmp_path / "runs").iterdir())
+
+    def late(folder, hold=lock.hold):
+        monkeypatch.undo()
+        shutil.copytree(run / "checkpoint-1", run / "checkpoint-9")
+        return hold(folder)
+
+    monkeypatch.setattr(lock, "hold", late)
+    code, said = call(resume_from_checkpoint=str(run), max_steps=2)
+    assert code == 2
+    assert "start again" in said
+    assert not (run / "left-checkpoint-9").exists()
+
+
+def test_a_lock_whose_file_its_last_owner_has_taken_away_is_not_one(tmp_path, monkeypatch):
+    def late(file, take=lock.take):
+        monkeypatch.undo()
+        (tmp_path / lock.NAME).unlink()
+        return take(file)
+
+    monkeypatch.setattr(lock, "take", late)
+    assert lock.hold(tmp_path) == ""
+    assert lock.is_at(lock._held[tmp_path], tmp_path / lock.NAME)
+    assert lock.hold(tmp_path) == "", "the same process may"
+    lock.release(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_without_locks_trains_with_a_warning(settings, tmp_path, monkeypatch, capsys):
+    def refused(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "lockf", refused)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**settings, "max_steps": 1}))
+    assert cli.main(["train", str(path)]) == 0
+    assert "has no file locks: nothing keeps a second run from training there" in capsys.readouterr().err
 
 
 def test_an_adapter_goes_on_as_it_was(call, tmp_path):

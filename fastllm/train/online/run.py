@@ -14,7 +14,7 @@ import transformers
 
 from fastllm import rl
 from fastllm.errors import ConfigError
-from fastllm.train import checkpoint, folder, models, together
+from fastllm.train import checkpoint, folder, lock, models, together
 from fastllm.train.config import Options
 from fastllm.train.data import prepare
 from fastllm.train.encode import Encoder, use_template
@@ -117,7 +117,7 @@ class Run:
             together.agree(lambda: checkpoint.check_same_model(resumed, whole.actor), here=args.process_index == 0)
         check_optimizer(args, whole)
         folder.check_course(options, sets)
-        self.folder = folder.resumed(self.resumed, options) if self.resumed else folder.new(options)
+        self.folder = self.resumed.parent if self.resumed else folder.new(options)
         args.output_dir = str(self.folder)
         args.run_name = args.run_name or self.folder.name
         with gone_if_it_fails(self.folder, new=not self.resumed):
@@ -154,6 +154,12 @@ class Run:
         Raises:
             DataError: the reward fails. CheckpointError: no room to save. FastLLMError: a loss is not finite.
         """
+        try:
+            return self._go()
+        finally:
+            lock.release(self.folder)
+
+    def _go(self) -> Result:
         course, args, iterate = self.course, self.args, ITERATIONS[self.options.data.stage]
         bar = not self.options.values.get("disable_tqdm")
         telling = Telling(course, self.folder, args, self.tokenizer, self.steps, first=self.first, bar=bar)
