@@ -8,7 +8,9 @@ import difflib
 import json
 import logging
 import os
+import socket
 import sys
+import time
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +18,8 @@ from typing import Any, NoReturn
 
 from fastllm import __version__
 from fastllm.errors import ConfigError, FastLLMError
+
+_FIRST_SPEAKS = 5.0  # seconds
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,13 +54,28 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.debug:
             raise
         error = raised.__cause__ if isinstance(raised, _WronglyCalled) else raised
-        if isinstance(error, FastLLMError) and not error.alone and os.environ.get("LOCAL_RANK", "0") != "0":
-            return 1  # the first process has said it
         said = (str(error).strip().splitlines() or [""])[0]
         if not said or not isinstance(error, (FastLLMError, ValueError, TypeError, OSError)):
             said = f"{type(error).__name__}: {said} (--debug shows where)"  # not an error meant for a user
+        said = _of_several(error, said)
         print(f"fastllm {arguments.command}: error: {said}", file=sys.stderr)
         return 2 if isinstance(raised, _WronglyCalled) else 1
+
+
+def _of_several(error: BaseException | None, said: str) -> str:
+    """What one of a run's processes says of an error. What all have met the first one of a machine says: the launcher ends the others
+    for it before they come to speak."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return said
+    from fastllm.train import together
+
+    if together.is_lost(error):
+        said = "another process of the run has ended; what it or the launcher says tells why"
+    elif isinstance(error, FastLLMError) and not error.alone:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            return said
+        time.sleep(_FIRST_SPEAKS)
+    return f"process {os.environ.get('RANK', '?')} on {socket.gethostname()}: {said}"
 
 
 def _parser() -> _Parser:

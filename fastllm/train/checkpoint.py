@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastllm.errors import CheckpointError
+from fastllm.train.together import is_lost
 
 NAME = "checkpoint-"
 _ASIDE = ".saving-"  # what a crash leaves behind begins so
@@ -103,6 +104,8 @@ def written_whole(folder: Path, *, writes: bool, together: Any = None) -> Iterat
         free = shutil.disk_usage(folder.parent).free
         if writes:
             shutil.rmtree(aside, ignore_errors=True)
+        if is_lost(error):
+            raise
         # On a full disk torch and safetensors raise errors of their own, torch's without a word of the disk.
         if isinstance(error, (OSError, RuntimeError)) or type(error).__name__ == "SafetensorError":
             why = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]

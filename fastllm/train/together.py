@@ -42,3 +42,12 @@ def agree(check: Callable[[], T], *, here: bool = True) -> T | None:
         if found is not None:
             raise found
     return result
+
+
+# Of gloo, of NCCL, and of the store by which both find each other.
+_LOST = ("closed by peer", "reset by peer", "Broken pipe", "remote process exit", "Connection was likely closed")
+
+
+def is_lost(error: BaseException | None) -> bool:
+    """Whether it is what a process meets where another one, with which it exchanges something, has ended."""
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST)

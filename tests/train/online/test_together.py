@@ -77,22 +77,41 @@ def test_a_checkpoint_that_is_torn_for_one_process_is_refused_by_all_before_any_
     assert not asked
 
 
-def test_a_process_that_is_not_the_first_tells_what_it_alone_knows(monkeypatch, capsys, tmp_path):
-    def full():
+def test_each_process_tells_what_it_alone_knows_and_the_first_what_all_know(monkeypatch, capsys, tmp_path):
+    def saves_and(error):
         with checkpoint.written_whole(tmp_path / "checkpoint-1", writes=True):
-            raise OSError(28, "No space left on device")
+            raise error
 
-    def torn():
-        raise CheckpointError("of all processes")
-
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    full, gone = (
+        OSError(28, "No space left on device"),
+        RuntimeError("[gloo/pair.cc:5] Connection closed by peer [::1]:5"),
+    )
+    ended = ": another process of the run has ended; what it or the launcher says tells why"
+    waited = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setattr(cli.socket, "gethostname", lambda: "node")
     monkeypatch.setattr(command, "prepare", lambda *_: None)
-    for fails, said in ((full, "checkpoint-1 was not written (No space left on device; "), (torn, "")):
-        monkeypatch.setattr(command, "finish", lambda *_, fails=fails, **__: fails())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, (error, fails), said, waits in (
+        ("1", (full, saves_and), "process 1 on node: checkpoint-1 was not written (No space left on device; ", 0),
+        ("1", (full, _raised), "process 1 on node: [Errno 28] No space left on device", 0),
+        ("0", (gone, saves_and), f"process 0 on node{ended}", 0),
+        ("1", (gone, _raised), f"process 1 on node{ended}", 0),
+        ("0", (CheckpointError("torn"), _raised), "torn", 0),
+        ("1", (CheckpointError("torn"), _raised), "process 1 on node: torn", 1),  # the launcher has ended it by then
+    ):
+        waited.clear()
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.setattr(command, "finish", lambda *_, fails=fails, error=error, **__: fails(error))
         assert cli.main(["train", "x.yaml"]) == 1
-        err = capsys.readouterr().err
-        assert said in err
-        assert bool(err) == bool(said)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"fastllm train: error: {said}")
+        assert len(waited) == waits
+
+
+def _raised(error):
+    raise error
 
 
 def test_a_folder_does_not_stay_where_the_optimizer_cannot_be_made(settings, monkeypatch, tmp_path):
