@@ -147,7 +147,7 @@ def linear_kto_loss(
         hidden, weight, tokens, mask, bias, temperature, softcap, logit_scale, cu_seqlens: as in ``linear_ppo_loss``.
         ref_logps, desirable, beta and all that follow: as in ``kto_loss``.
 
-    Returns and Raises: as ``kto_loss`` and ``linear_ppo_loss``.
+    Returns and Raises: as ``kto_loss`` and ``linear_ppo_loss``. A response without a token in `mask` counts for nothing.
     """
     rows = _sequences(mask, cu_seqlens)
     _check_row("ref_logps", ref_logps, rows, "one for each sequence", mask)
@@ -157,11 +157,11 @@ def linear_kto_loss(
     }  # fmt: skip
     with torch.no_grad():
         kto_loss(ref_logps, ref_logps, desirable, **how)
-    logps, _ = linear_sequence_logprobs(
+    logps, lengths = linear_sequence_logprobs(
         hidden, weight, tokens, mask, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
         cu_seqlens=cu_seqlens,
     )  # fmt: skip
-    return kto_loss(logps, ref_logps, desirable, **how, distributed=distributed, group=group)
+    return kto_loss(logps, ref_logps, desirable, **how, lengths=lengths, distributed=distributed, group=group)
 
 
 def _sequences(mask: Any, cu_seqlens: Any) -> int:

@@ -177,6 +177,7 @@ def kto_loss(
     kl: Tensor | None = None,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
+    lengths: Tensor | None = None,
     num_items: Tensor | float | None = None,
     distributed: bool = False,
     group: dist.ProcessGroup | None = None,
@@ -191,7 +192,8 @@ def kto_loss(
         kl: log-ratios of mismatched pairs of prompt and response, any shape; None: those of this batch. Micro-batches that are
             to add up to a batch need the same kl.
         desirable_weight, undesirable_weight: w, >= 0.
-        num_items: what to divide the sum by in place of B.
+        lengths: (B,) response tokens; an empty response then counts for nothing, in this batch's KL neither.
+        num_items: what to divide the sum by in place of B, or of the responses that count.
         distributed, group: the mean of kl is taken over all ranks of `group` (None: the default one) by one all-reduce.
 
     Returns:
@@ -212,25 +214,29 @@ def kto_loss(
         _check.same_device("kl", kl, "logps", logps)
     items = _items(num_items, logps)
     ratio = wide(logps) - wide(ref_logps.detach())
+    counts = torch.ones_like(desirable)
+    if lengths is not None:
+        _check_lengths(logps, lengths=lengths)
+        counts = lengths > 0
+        ratio = ratio.masked_fill(~counts, 0.0)
     pairs = wide((ratio if kl is None else kl).detach())
-    total = torch.stack([pairs.sum(), pairs.new_tensor(float(pairs.numel()))])
+    total = torch.stack([pairs.sum(), counts.sum().to(pairs) if kl is None else pairs.new_tensor(float(pairs.numel()))])
     if distributed:
         total = sum_over_ranks(total, group)
     baseline = (total[0] / total[1].clamp(min=1)).clamp(min=0).to(ratio.dtype)
     side = torch.where(desirable, 1.0, -1.0).to(ratio.dtype)
     weight = torch.where(desirable, desirable_weight, undesirable_weight).to(ratio.dtype)
     losses = weight * torch.sigmoid(-beta * side * (ratio - baseline))  # 1 - sigmoid(x) = sigmoid(-x)
-    everyone = torch.ones_like(desirable)
     with torch.no_grad():
-        chosen, rejected = (masked_mean(beta * ratio, m) for m in (desirable, ~desirable))
+        chosen, rejected = (masked_mean(beta * ratio, m & counts) for m in (desirable, ~desirable))
         stats = {
             "chosen_rewards": chosen,
             "rejected_rewards": rejected,
             "margin": chosen - rejected,
-            "accuracy": masked_mean((side * (ratio - baseline) > 0).to(ratio.dtype), everyone),
+            "accuracy": masked_mean((side * (ratio - baseline) > 0).to(ratio.dtype), counts),
             "kl": baseline,
         }
-    return PreferenceLoss(_mean(losses, everyone, items), stats)
+    return PreferenceLoss(_mean(losses, counts, items), stats)
 
 
 def reward_loss(
@@ -343,7 +349,7 @@ def _check_lengths(like: Tensor, **tensors: Any) -> None:
         _check.is_tensor(name, value)
         if value.dtype == torch.bool or value.is_complex():
             raise TypeError(f"{name} must count tokens, got dtype {value.dtype}")
-        _check.has_shape(name, value, tuple(like.shape), "one for each pair")
+        _check.has_shape(name, value, tuple(like.shape), "one for each log-probability")
         _check.same_device(name, value, "the log-probabilities", like)
 
 

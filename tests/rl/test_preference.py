@@ -146,6 +146,22 @@ def test_kto_is_the_definition_with_the_batch_s_own_kl():
     assert found.stats["accuracy"].item() == pytest.approx(mean(right))
 
 
+def test_an_empty_response_counts_for_nothing_in_kto():
+    (logps, _, ref, _), (lengths, _) = pairs()
+    ref, lengths = ref - 1, lengths.clone()
+    desirable = torch.tensor([True, False, True, False, False, True])
+    lengths[[1, 2]] = 0
+    some = lengths > 0
+    logps[1], ref[2] = float("nan"), float("inf")  # whatever they are
+    logps.requires_grad_()
+    found = kto_loss(logps, ref, desirable, lengths=lengths, undesirable_weight=0.5)
+    wanted = kto_loss(logps[some], ref[some], desirable[some], undesirable_weight=0.5)
+    torch.testing.assert_close(found, wanted)
+    assert wanted.stats["kl"] > 0
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logps)[0] for loss in (found.loss, wanted.loss)))
+    assert kto_loss(logps, ref, desirable, lengths=0 * lengths).loss == 0
+
+
 def test_reward_loss_is_the_definition_and_trl_s():
     chosen, rejected, margin = torch.randn(3, 5, dtype=torch.float64)
     expected = mean(

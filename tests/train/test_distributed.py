@@ -86,7 +86,9 @@ def test_zero_stages_and_replicas_on_two_machines_train_alike_and_resume_bit_for
 
 @pytest.mark.slow
 def test_preferences_on_two_ranks_are_one_batch_and_resume_bit_for_bit(folder, write, tmp_path):
-    pairs = [{"prompt": f"say {n}", "chosen": str(n), "rejected": "no " * (1 + n % 5)} for n in range(16)]
+    pairs = [{"prompt": f"say {n}", "chosen": "yes " * (1 + n % 5), "rejected": str(n)} for n in range(16)]
+    # Both answers like the chosen ones, so that KL is above 0; so few that the second process has nothing to validate but filler.
+    held_out = [{"prompt": f"say {n}", "chosen": "yes " * 4, "rejected": "yes " * 5} for n in range(20, 28)]
     settings = {
         "stage": "dpo", "model": str(folder), "data": str(write("pairs.jsonl", pairs)), "max_length": 64, "max_steps": 4,
         "output_dir": str(tmp_path / "runs"), "per_device_train_batch_size": 2, "learning_rate": 1e-2, "save_steps": 2,
@@ -96,11 +98,12 @@ def test_preferences_on_two_ranks_are_one_batch_and_resume_bit_for_bit(folder, w
     path.write_text(yaml.safe_dump(settings))
     worker = Path(__file__).parent / "distributed_worker.py"
     lora = {"lora": {"r": 4, "target_modules": ["q_proj"]}}
+    kto = {"stage": "dpo", "loss_type": "kto", "eval_data": str(write("held-out.jsonl", held_out)), "eval_steps": 4}
     cases = [
-        {"zero_stage": 3, "stage": "dpo"}, {"zero_stage": 2, "stage": "dpo"}, {"zero_stage": 3, "stage": "rm"},
+        {"zero_stage": 3, **kto}, {"zero_stage": 2, **kto}, {"zero_stage": 3, "stage": "rm"},
         {"zero_stage": 3, "stage": "dpo", **lora},
     ]  # fmt: skip
-    plain = [{"stage": "dpo"}, {"stage": "rm"}, {"stage": "dpo", **lora}]
+    plain = [kto, {"stage": "rm"}, {"stage": "dpo", **lora}]
     found, said = run_on_two(worker, str(path), *map(json.dumps, plain + cases))
     assert [r["case"] for r in found] == plain + cases, said
     there = found[: len(plain)]
@@ -111,3 +114,12 @@ def test_preferences_on_two_ranks_are_one_batch_and_resume_bit_for_bit(folder, w
         assert list(result["whole"].values()) == pytest.approx(list(same["whole"].values()), rel=1e-3), result["case"]
         losses = list(result["whole"].values())
         assert losses[-1] < losses[0], result["case"]
+    # KTO's KL, in validation too, is that of one process with the batch of both.
+    alone = {**settings, **kto, "per_device_train_batch_size": 4, "output_dir": str(tmp_path / "alone")}
+    logs = [Path(run) / "metrics.jsonl" for run in (Run(config.parse(alone)).go().run, there[0]["folder"])]
+    wanted, told = (
+        next(filter(lambda line: "eval_kl" in line, map(json.loads, log.read_text().splitlines()))) for log in logs
+    )
+    assert wanted["eval_kl"] > 0.01, "the test's own premise"
+    for key in ("eval_kl", "eval_loss", "eval_margin"):
+        assert told[key] == pytest.approx(wanted[key], rel=1e-3), key
