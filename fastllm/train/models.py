@@ -56,11 +56,16 @@ def load_model(
         reference: without adapters, and without a word about what was done.
 
     Raises:
-        ConfigError: no model at the place named, a tokenizer with more tokens than the model, or options that do not fit it.
+        ConfigError: no model at the place named, one that is not causal, a tokenizer with more tokens than the model, or options that
+            do not fit it.
     """
     config = _config(options)
     if not hasattr(config, "vocab_size") and not hasattr(config.get_text_config(), "vocab_size"):
         raise ConfigError(f"{options.model} is no language model")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"{options.model} is an encoder-decoder ({type(config).__name__}), and what is trained here are causal language models"
+        )
     vocabulary = config.get_text_config().vocab_size
     if len(tokenizer) > vocabulary:
         raise ConfigError(
@@ -81,6 +86,8 @@ def load_model(
     else:
         hint = "; from_scratch: true would begin with random weights"
         model = load_whole(kind, options.model, new_head=stage == "rm", hint=hint, config=config, **more)
+    if kind is transformers.AutoModelForCausalLM and not reference and not sharded(model):
+        check_causal(model)
     if options.rope:
         try:
             extension = fastllm.extend_context(model, **_rope(options.rope))
@@ -130,6 +137,36 @@ def load_whole(kind: Any, name: str, *, new_head: bool = False, hint: str = "", 
     for key, theirs, ours in sorted(found["mismatched_keys"]):
         raise ConfigError(f"cannot load {name}: its {key} is {tuple(theirs)}, and the configuration's {tuple(ours)}")
     return model
+
+
+def sharded(model: Any) -> bool:
+    """Whether ZeRO-3 has taken its weights apart: nothing runs before training begins."""
+    return any(hasattr(p, "ds_id") for p in model.parameters())
+
+
+def check_causal(model: Any) -> None:
+    """Proves on the model itself that what it says of a token does not depend on those after it.
+
+    Raises:
+        ConfigError: it does, and would learn to copy the token it is to predict.
+    """
+    parameter = next(model.parameters())
+    tokens = torch.randint(
+        0, model.config.get_text_config().vocab_size, (10,), generator=torch.Generator().manual_seed(0)
+    )
+    rows = torch.stack((tokens[:9], torch.cat((tokens[:8], tokens[9:])))).to(parameter.device)  # alike but for the last
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=rows, use_cache=False).logits[:, :-1].float()
+    except Exception:  # of models that want other inputs besides: training will tell
+        return
+    finally:
+        model.train(training)
+    apart = (logits[0] - logits[1]).abs().max() / logits.abs().max().clamp_min(1e-6)
+    if apart > (1e-3 if parameter.dtype == torch.float32 else 1e-2):
+        raise ConfigError(f"{type(model).__name__} lets a token see those after it: it is no causal language model")
 
 
 def export(model: Any, tokenizer: Any, folder: Path, kind: str) -> None:

@@ -79,7 +79,7 @@ class Run:
 
             together.agree(fits, here=args.process_index == 0)
             together.agree(lambda: checkpoint.check_resumable(resumed, rank=args.process_index, world=args.world_size))
-        sharded = any(hasattr(p, "ds_id") for p in model.parameters())  # ZeRO-3: nothing runs before training begins
+        sharded = models.sharded(model)
         if data_options.packing and not sharded:
             check_rows_stay_apart(model)
         training = _arranged(sets, options)
@@ -102,8 +102,8 @@ class Run:
                 **more,
             )
         self.trainer.remove_callback(transformers.PrinterCallback)
-        if data_options.packing and sharded:
-            self.trainer.add_callback(_CheckPacking())
+        if sharded:
+            self.trainer.add_callback(_CheckModel(causal=stage != "rm", packing=data_options.packing))
         bar = not options.values.get("disable_tqdm")
         self.throughput = ThroughputCallback(progress=bar, profile=args.profile).put_first(self.trainer)
         if args.should_save:
@@ -165,9 +165,17 @@ def _collator(options: Options, tokenizer: Any) -> Any:
     return MixedCollator(collator) if options.data.stage == "mixed" else collator
 
 
-class _CheckPacking(transformers.TrainerCallback):
+class _CheckModel(transformers.TrainerCallback):
+    """What is known of other models before training begins."""
+
+    def __init__(self, *, causal: bool, packing: bool) -> None:
+        self.causal, self.packing = causal, packing
+
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        check_rows_stay_apart(model)
+        if self.causal:
+            models.check_causal(model)
+        if self.packing:
+            check_rows_stay_apart(model)
 
 
 # ---- data --------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from fastllm import cli
-from fastllm.train import command, config, lock
+from fastllm.train import command, config, lock, models
 from fastllm.train.run import Run
 
 transformers = pytest.importorskip("transformers")
@@ -79,6 +79,32 @@ def test_a_folder_that_is_no_model_says_what_it_is(call, folder, tmp_path):
     for path in folder.glob("*token*"):
         path.unlink()
     assert "it holds none of a tokenizer's files; give tokenizer" in call()[1]
+
+
+@pytest.mark.parametrize(("name", "zero3"), [("Bert", False), ("Bert", True), ("XLNet", False)])
+def test_a_model_whose_tokens_see_those_after_them_is_refused(call, tokenizer, tmp_path, monkeypatch, name, zero3):
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    if name == "XLNet":
+        small = {"d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 32}
+    made = getattr(transformers, f"{name}Config")(vocab_size=len(tokenizer), **small)
+    transformers.AutoModelForCausalLM.from_config(made).save_pretrained(tmp_path / "both-ways")
+    tokenizer.save_pretrained(tmp_path / "both-ways")
+    if zero3:  # whose weights are not there before training begins
+        monkeypatch.setattr(models, "sharded", lambda _: True)
+    code, said = call(model=str(tmp_path / "both-ways"))
+    assert code == (1 if zero3 else 2)
+    assert "lets a token see those after it: it is no causal language model" in said
+    assert f"{name}" in said
+    assert zero3 or not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["T5", "Bart"])
+def test_an_encoder_decoder_is_refused(call, tokenizer, tmp_path, name):
+    getattr(transformers, f"{name}Config")().save_pretrained(tmp_path / "two")
+    tokenizer.save_pretrained(tmp_path / "two")
+    assert call(model=str(tmp_path / "two")) == (
+        2, _error(f"{tmp_path / 'two'} is an encoder-decoder ({name}Config), and what is trained here are causal language models"),
+    )  # fmt: skip
 
 
 def _error(text):
