@@ -9,16 +9,18 @@ import hashlib
 import json
 import os
 import sys
+import uuid
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy
 
 from fastllm.errors import DataError
-from fastllm.train import files
+from fastllm.train import files, lock
 from fastllm.train.encode import Encoded, Encoder
 from fastllm.train.formats import RowError, hint, recognise
 
@@ -122,6 +124,7 @@ def prepare(
     paths = files.find(sources, key)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _clean(folder)
         fingerprint = _fingerprint(paths, encoder, kind, folder)
         arrow, note = (folder / f"{fingerprint}{suffix}" for suffix in (".arrow", ".json"))
         if not (arrow.is_file() and note.is_file()):
@@ -175,9 +178,8 @@ def _write(paths: list[Path], encoder: Encoder, kind: str, on_bad_row: str, arro
         columns.append(("chosen", pyarrow.int32()))
     schema = pyarrow.schema(columns)
     report = Report()
-    fresh = arrow.with_suffix(f".{os.getpid()}.part")
-    try:
-        with pyarrow.OSFile(str(fresh), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
+    with _written_whole(arrow) as sink:
+        with pyarrow.ipc.new_stream(sink, schema) as writer:
             for path in paths:
                 totals = report.sources[str(path)] = Totals()
                 for rows in _encoded(path, encoder, kind, on_bad_row, report):
@@ -187,15 +189,39 @@ def _write(paths: list[Path], encoder: Encoder, kind: str, on_bad_row: str, arro
                         totals.tokens += len(row.input_ids)
                         totals.trained += sum(row.trained[1:]) if row.trained else len(row.input_ids) - 1
                         totals.cut += row.cut
-        told = {"sources": [asdict(t) for t in report.sources.values()], "bad": report.bad}
         if report.bad and on_bad_row == "error":
             raise report.refused(key)
-        os.replace(fresh, arrow)
-        part = note.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(told))
-        os.replace(part, note)
+    told = {"sources": [asdict(t) for t in report.sources.values()], "bad": report.bad}
+    with _written_whole(note) as sink:
+        sink.write(json.dumps(told).encode())
+
+
+@contextmanager
+def _written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write into that gets its name at the end of the block, and vanishes where the block fails. While it is written it is
+    locked, by which others know it from one that a killed process has left."""
+    while True:
+        part = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.part")
+        file = part.open("xb")
+        lock.take(file)
+        if lock.is_at(file, part):
+            break
+        file.close()  # another process has taken it for one that is left
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.replace(part, path)
     finally:
-        fresh.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
+
+
+def _clean(folder: Path) -> None:
+    """Removes what killed processes were writing. Where there are no locks, nobody can tell, and it stays."""
+    for part in folder.glob("*.part"):
+        with suppress(OSError), part.open("r+b") as file:  # of another user, or just gone
+            if lock.take(file):
+                part.unlink()
 
 
 def _encoded(path: Path, encoder: Encoder, kind: str, on_bad_row: str, report: Report) -> Iterator[list[Encoded]]:

@@ -1,6 +1,8 @@
 """Files, formats and token ids: what every kind of row becomes, and what is said of rows that become nothing."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastllm import ConfigError, DataError
-from fastllm.train import data, encode, files, formats
+from fastllm.train import data, encode, files, formats, lock
 from fastllm.train.packing import IGNORED
 
 Q, A = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}
@@ -339,6 +341,45 @@ def test_data_are_tokenised_once_by_content_tokenizer_and_settings(tokenizer, wr
     path.write_text(json.dumps({"prompt": "a", "response": "c"}) + "\n")
     keys.add(prepared(path, tokenizer).fingerprint)
     assert len(keys) == len(calls) + 1 == 5
+
+
+def test_what_a_kill_has_left_half_written_goes_at_the_next_run_and_what_is_being_written_stays(
+    tokenizer, write, tmp_path
+):
+    path, cache = write("a.jsonl", [{"messages": [Q, A]}]), tmp_path / "cache"
+    cache.mkdir()
+    read, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            with data._written_whole(cache / "other.arrow"):
+                os.write(told, b"1")
+                signal.pause()
+        finally:
+            os._exit(1)
+    os.close(told)
+    try:
+        assert os.read(read, 1) == b"1"
+        (half,) = cache.glob("*.part")
+        prepared(path, tokenizer)
+        assert half.exists()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(read)
+    assert half.exists(), "the test's own premise: a kill leaves it"
+    prepared(path, tokenizer)
+    assert not half.exists()
+
+
+def test_a_file_taken_for_abandoned_before_it_was_locked_is_begun_anew(tokenizer, write, tmp_path, monkeypatch):
+    def late(file, take=lock.take):
+        monkeypatch.setattr(lock, "take", take)
+        Path(file.name).unlink()
+        return take(file)
+
+    monkeypatch.setattr(lock, "take", late)
+    assert len(prepared(write("a.jsonl", [{"messages": [Q, A]}]), tokenizer).rows) == 1
 
 
 def test_a_failed_reading_leaves_nothing_behind(tokenizer, write, tmp_path):

@@ -199,12 +199,14 @@ def training_elsewhere(folder):
             signal.pause()
         finally:
             os._exit(1)
+    os.close(write)
     try:
         assert os.read(read, 1) == b"1"
         yield child
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        os.close(read)
 
 
 def test_one_run_at_a_time_trains_in_a_folder_and_a_killed_one_keeps_nobody_out(call, tmp_path):
