@@ -18,6 +18,10 @@ from fastllm.train import keys
 from fastllm.train.config import ModelOptions
 from fastllm.train.heads import bare_model
 
+_OF_HIDDEN = "not needed: this stage computes its own from hidden states, without logits"
+# Why stages do without the model's own loss; "conditional" loads its models as "ppo" does.
+_LOSS_LEFT = {"rm": "not needed: this stage scores answers, without logits", "dpo": _OF_HIDDEN, "ppo": _OF_HIDDEN}
+
 
 def load_tokenizer(options: ModelOptions) -> Any:
     """The tokenizer of a run; where it has no padding token, its end-of-sequence token pads.
@@ -105,10 +109,13 @@ def load_model(
         model = _with_adapters(model, options.lora, "SEQ_CLS" if stage == "rm" else "CAUSAL_LM")
     if options.patch is not False:
         ops = "auto" if options.patch is True else options.patch
+        why = _LOSS_LEFT.get(stage)
         try:
-            tell(str(fastllm.patch(model, ops, exclude=("loss",) if stage in ("rm", "dpo", "ppo") else ())))
+            report = fastllm.patch(model, ops, exclude=("loss",) if why else ())
         except ValueError as error:
             raise ConfigError(f"patch: {error}") from None
+        report.skipped = [dataclasses.replace(s, reason=why) if why and s.op == "loss" else s for s in report.skipped]
+        tell(str(report))
     return model
 
 

@@ -362,6 +362,23 @@ def test_precision_checkpointing_patching_and_adapters_on_the_head_are_settings(
         assert log[-1]["loss"] == pytest.approx(plain[-1]["loss"], rel=0.1 if "bf16" in more else 1e-4)
 
 
+@pytest.mark.parametrize(
+    ("stage", "why"),
+    [
+        ("dpo", "not needed: this stage computes its own from hidden states, without logits"),
+        ("rm", "not needed: this stage scores answers, without logits"),
+        ("sft", None),
+    ],
+)
+def test_what_is_told_of_the_patch_says_why_the_models_own_loss_is_left(folder, tokenizer, capsys, stage, why):
+    from fastllm.train import models
+
+    for patch, told in (("auto", why), (["rms_norm"], None)):
+        models.load_model(config.ModelOptions(str(folder), patch=patch), tokenizer, 64, stage=stage)
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  loss ")]
+        assert [line.endswith(f"left: {told}") for line in lines if "left" in line] == [True] * bool(told), lines
+
+
 # ---- throughput --------------------------------------------------------------------------------------------------
 
 
