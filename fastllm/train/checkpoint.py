@@ -66,9 +66,11 @@ def check_space(folder: Path, needed: int) -> None:
     """
     usage = shutil.disk_usage(folder)
     if needed * _SPARE > usage.free:
+        left = list(folder.glob(f"{_LEFT}{NAME}*"))
+        hint = f"; there are also {told_left(left)}" if left else ""
         raise CheckpointError(
             f"{folder} has {_bytes(usage.free)} free, and a checkpoint takes {_bytes(int(needed * _SPARE))}: training stops; "
-            "the checkpoints before it are intact"
+            f"the checkpoints before it are intact{hint}"
         )
     if (share := (usage.used + needed) / max(1, usage.used + usage.free)) > _NEARLY_FULL:
         print(f"warning: with this checkpoint the disk of {folder} is {share:.0%} full", file=sys.stderr)
@@ -143,6 +145,12 @@ def leave(run: Path, step: int) -> list[Path]:
             names = (path.with_name(f"{_LEFT}{path.name}{again}") for again in ("", *(f"-{n}" for n in range(1, 1000))))
             left.append(path.rename(next(name for name in names if not name.exists())))
     return left
+
+
+def told_left(left: list[Path]) -> str:
+    """Checkpoints that were put aside, their size and their fate: somebody went back from them, and may want them yet."""
+    names = ", ".join(sorted((path.name for path in left), key=lambda name: [int(n) for n in re.findall(r"\d+", name)]))
+    return f"{names} ({_bytes(sum(map(size_on_disk, left)))}), which nothing but you deletes"
 
 
 def rotate(run: Path, keep: int | None, best: Path | None) -> None:

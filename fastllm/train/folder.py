@@ -262,7 +262,7 @@ def describe(run: Path, options: Options, sets: dict[str, Any], resumed_from: Pa
         step = checkpoint.read_state(resumed_from)["global_step"]
         if left := checkpoint.leave(run, step):
             print(
-                f"going on from {resumed_from.name}; later checkpoints are now {', '.join(p.name for p in left)}",
+                f"going on from {resumed_from.name}; later checkpoints are now {checkpoint.told_left(left)}",
                 file=sys.stderr,
             )
         if (log := run / metrics.NAME).is_file():

@@ -251,7 +251,11 @@ def test_a_run_that_goes_back_leaves_what_came_after(settings, capsys):
     trained(settings, save_steps=1, save_total_limit=1, num_train_epochs=9, max_steps=3, resume_from_checkpoint=back)
     assert [p.name for p in checkpoint.complete(run.folder)] == ["checkpoint-3"]
     assert (run.folder / "left-checkpoint-6").is_dir()
-    assert "later checkpoints are now left-checkpoint-4, left-checkpoint-6" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "later checkpoints are now left-checkpoint-4, left-checkpoint-6 (" in said
+    assert " MB), which nothing but you deletes" in said
+    with pytest.raises(CheckpointError, match="intact; there are also left-checkpoint-4, left-checkpoint-6 "):
+        checkpoint.check_space(run.folder, 1 << 60)
 
 
 def test_the_newest_checkpoint_stays_beside_the_best_where_one_is_to_be_kept(settings, chats):
