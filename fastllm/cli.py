@@ -302,7 +302,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         )  # fmt: skip
     except ConfigError as error:
         raise _WronglyCalled from error
-    print(json.dumps(asdict(found), indent=2) if arguments.json else plan_report.render(found))
+    print(plan_report.as_json(found) if arguments.json else plan_report.render(found))
     return 0
 
 

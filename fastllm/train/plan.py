@@ -27,8 +27,8 @@ LIVE_PARAMETERS = 1_000_000_000  # that ZeRO-3 keeps gathered: stage3_max_live_p
 
 @dataclass(frozen=True)
 class Layout:
-    """Bytes on each GPU under one ZeRO stage, and on the host for each GPU. `activations` and `total` are those of a step that
-    keeps activations, `checkpointed` and `total_checkpointed` those of one that checkpoints every layer."""
+    """Bytes on each GPU under one ZeRO stage, and on the host for each GPU. `total` is the peak of a step that keeps activations,
+    `total_checkpointed` that of one that checkpoints every layer."""
 
     stage: int
     offload: str
@@ -131,7 +131,7 @@ def memory(
     per_token, tokens = _kv(model, 2 if precision != "fp32" else 4, gpu_memory, parameters)
     settings = {
         "gpus": gpus, "gpu_memory": gpu_memory, "seq": seq, "batch": batch, "accumulation": accumulation,
-        "precision": precision, "optimizer": optimizer, "lora": lora, "patch": patch,
+        "precision": precision, "optimizer": optimizer, "lora": lora, "patch": patch, "device": device, "mfu": mfu, "link": link,
     }  # fmt: skip
     name = type(whole.get_base_model() if lora else whole).__name__  # type: ignore[operator]
     activations = {

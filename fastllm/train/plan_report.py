@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,12 @@ def mfu_of(text: str) -> float:
     if not found:
         raise ConfigError(f"{path} tells no MFU: the peak of the device it ran on is not known")
     return sum(found) / len(found)
+
+
+def as_json(plan: Plan) -> str:
+    """The fields of the plan, and of each layout its name, by which one is recommended."""
+    layouts = [{"name": one.name, **asdict(one)} for one in plan.layouts]
+    return json.dumps(asdict(plan) | {"layouts": layouts}, indent=2)
 
 
 def render(plan: Plan, width: int | None = None) -> str:
