@@ -17,7 +17,7 @@ def found(zero_shot, tuned, recall=(1.0, 1.0, 0.5, 0.0, 0.0), cached=1e-6):
     return {"zero_shot": of(zero_shot), "tuned": of(tuned), "recall": list(recall), "cached_differs_by": cached}
 
 
-def record(**changes):
+def record(steps=extrapolation.STEPS, **changes):
     last = {
         "none": (16.0, 5.0),
         "linear": (28.0, 9.0),
@@ -25,7 +25,7 @@ def record(**changes):
         "dynamic": (8.0, 4.1),
         "yarn": (5.0, 3.8),
     } | changes
-    run = {"seed": 0, "steps": 9, "recall_steps": 9, "methods": {name: found(*of) for name, of in last.items()}}
+    run = {"seed": 0, "steps": steps, "recall_steps": 9, "methods": {name: found(*of) for name, of in last.items()}}
     machine = {"cpu": "A CPU", "threads": 2, "instruction_set": "avx2", "forced_backend": None, "commit": "0" * 40,
                "command": "python -m bench extrapolation", "date": "2026-01-02", "torch": "2.13.0", "triton": None,
                "transformers": "5.0", "liger-kernel": None}  # fmt: skip
@@ -89,6 +89,9 @@ def test_expectations_that_are_not_met_fail():
     for changed, which in (({"none": (8.5, 5.0)}, 0), ({"yarn": (8.1, 3.8)}, 1), ({"ntk": (10.0, 5.1)}, 2),
                            ({"none": (16.0, 5.0, (1.0, 0.5, 0, 0, 0))}, 4), ({"ntk": (10.0, 4.2, (1.0,) * 5, 1e-3)}, 3)):  # fmt: skip
         assert [gate["holds"] for gate in record(**changed)["gates"]][which] is False
+    for perplexity, holds in ((8.5, True), (4.0, False)):  # a quick training is lost less far
+        gates = record(extrapolation.QUICK_STEPS, none=(perplexity, 5.0))["gates"]
+        assert gates[0]["holds"] is holds
 
 
 def test_the_page_says_what_the_record_says(tmp_path):
