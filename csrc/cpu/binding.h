@@ -50,16 +50,23 @@ inline Dtype dtype_of(const Tensor& t) {
 // Asks the kernel for huge pages under a large fresh buffer: first-touch faults otherwise cost more than the op itself.
 void advise_huge_pages(void* data, size_t bytes);
 
-inline Tensor fresh(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
-                    std::optional<torch::headeronly::ScalarType> dtype = std::nullopt) {
-  Tensor t = torch::stable::new_empty(like, sizes, dtype);
+// On the CPU, as all tensors of these kernels are: torch::stable::new_empty asks the dispatcher twice.
+inline Tensor fresh(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, std::optional<int32_t> dtype = {}) {
+  int32_t as_like = 0;
+  if (!dtype) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &as_like));
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(1, sizes[d]);
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
+                                                         dtype.value_or(as_like), aoti_torch_device_type_cpu(), 0, &made));
+  Tensor t(made);
   advise_huge_pages(t.mutable_data_ptr(), size_t(t.numel()) * t.element_size());
   return t;
 }
 // A fresh contiguous tensor of the same shape.
 inline Tensor fresh_like(const Tensor& like) { return fresh(like, like.sizes()); }
 inline Tensor fresh_float(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-  return fresh(like, sizes, torch::headeronly::ScalarType::Float);
+  return fresh(like, sizes, aoti_torch_dtype_float32());
 }
 
 // The tensor itself where it is contiguous already: asking the dispatcher costs more than a small kernel.

@@ -11,11 +11,12 @@ from torch import Tensor
 from fastllm.ops import _check
 
 
-def saveable(x: Tensor) -> Tensor:
-    """x as autograd can save it: what torch.inference_mode made, in a rollout say, it does not take as it is."""
-    if torch.compiler.is_compiling() or not x.is_inference() or torch.is_inference_mode_enabled():
-        return x
-    return x.clone()
+def saveable(*tensors: Any) -> list[Any]:
+    """The tensors, some perhaps None, as autograd can save them: what torch.inference_mode made, in a rollout say, it does not
+    take as it is."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return list(tensors)
+    return [t.clone() if t is not None and t.is_inference() else t for t in tensors]
 
 
 def check_tokens(mask: Any, **tensors: Any) -> None:

@@ -291,7 +291,7 @@ class _Tokens:
             raise TypeError(f"tokens must hold token indices (an integer tensor), got dtype {tokens.dtype}")
         _check.has_shape("tokens", tokens, tuple(hidden.shape[:-1]), "the leading dimensions of hidden")
         _check.same_device("tokens", tokens, "hidden", hidden)
-        tokens = saveable(tokens.long())
+        (tokens,) = saveable(tokens.long())
         _check.in_range("temperature", temperature, 0.0, open_low=True)
         if softcap is not None:
             _check.in_range("softcap", softcap, 0.0, open_low=True)

@@ -156,14 +156,13 @@ def ppo_loss(
     items = float(mask.numel()) if aggregation == "token-sum-norm" else -1.0
     if num_items is not None:
         num_items, items = items_argument(num_items, logprobs.device)
-    tensors = (
+    tensors = saveable(
         logprobs, old_logprobs, advantages, mask, values, None if value_clip is None else old_values, returns, entropy,
         ref_logprobs, importance_weights, cu_seqlens, num_items,
     )  # fmt: skip
     loss, stats, *_ = _ppo_loss.ppo_loss(
-        *[None if t is None else saveable(t) for t in tensors], items, clip_low, clip_high, dual_clip or 0.0, value_clip or 0.0,
-        value_coef, entropy_coef, kl_coef, KL_ESTIMATORS.index(kl_estimator), LEVELS.index(level),
-        AGGREGATIONS.index(aggregation), VARIANTS.index(variant),
+        *tensors, items, clip_low, clip_high, dual_clip or 0.0, value_clip or 0.0, value_coef, entropy_coef, kl_coef,
+        KL_ESTIMATORS.index(kl_estimator), LEVELS.index(level), AGGREGATIONS.index(aggregation), VARIANTS.index(variant),
     )  # fmt: skip
     told = dict(zip(STATS, stats.unbind()))
     for tensor, needed_for in ((values, _OF_VALUES), (entropy, ("entropy",)), (ref_logprobs, ("kl",))):
