@@ -34,8 +34,9 @@ Every contestant of a case takes its turn in one process, on fresh random inputs
 A turn of what takes under 10 ms is several calls in a row, of which the first, which finds its code cold, does not count.
 Results are checked in the same run against fp64: a wrong one is marked WRONG and has no time. The limit is the bytes
 that must move at the speed of a large copy, or the FLOPs at that of a large matrix product of PyTorch (in fp32 not the
-most a processor can do), both timed in turn with the contestants. "3.00×" under a peer means that it takes three times
-as long as fastllm; below 1× it is the faster one. Memory is what a call needs at its peak beyond its inputs, results
+most a processor can do), both timed in turn with the contestants; tokens under a mask count in it, so that a kernel that
+passes them over, as ppo_loss does, may go beyond it. "3.00×" under a peer means that it takes three times as long as
+fastllm; below 1× it is the faster one. Memory is what a call needs at its peak beyond its inputs, results
 included.
 """
 
