@@ -1,10 +1,10 @@
-// The policy-gradient loss over tokens: one pass that sums the loss and its statistics and writes the gradients, over what the
-// loss is divided by: where that is their number, valid tokens are counted first. fastllm/ops/_ppo_loss.py holds the definition.
+// The policy-gradient loss over tokens: a first look counts the valid ones, then one pass sums the loss and its statistics and
+// writes the gradients, over what the loss is divided by. fastllm/ops/_ppo_loss.py holds the definition.
 //
 // Tokens are worked on in segments that no two rows share where rows matter: where the loss averages over sequences, where
-// the ratio is one a sequence, or where an advantage is. A first look at such rows counts their tokens. Inside a segment all
-// is fp32, a block at a time; across blocks sums are fp64, in an order that depends on shapes and mask alone. What lies
-// between blocks is masked, padding for the most part, and is not read.
+// the ratio is one a sequence, or where an advantage is. Inside a segment all is fp32, a block at a time; across blocks sums are
+// fp64, in an order that depends on shapes and mask alone. What lies between blocks is masked, padding for the most part, and is
+// not read.
 #include "ppo_loss.h"
 
 #include <numeric>
@@ -354,22 +354,21 @@ struct PpoRows {
     }
     ++count;
   }
-  // f(segment's index, segment), in parallel: as many tokens each or, where `valid` ones have been counted, as much work.
+  // f(segment's index, segment), in parallel, as much work for each thread: a little for every token, and more for valid ones,
+  // where they have been counted.
   template <class F>
   void each(int64_t tokens, const F& f, const std::vector<double>& valid = {}) const {
     const int64_t n = int64_t(segments.size()), parts = parts_for(n, 8 * tokens / std::max<int64_t>(1, n));
+    const auto work = [&](int64_t i) {
+      return (valid.empty() ? 0 : valid[i]) + double(segments[i].end - segments[i].begin) / 8;
+    };
+    double whole = 0, done = 0;
+    for (int64_t i = 0; i < n; ++i) whole += work(i);
     std::vector<int64_t> first(parts + 1, n);  // part's first segment
     first[0] = 0;
-    if (valid.empty()) {
-      for (int64_t part = 1; part < parts; ++part) first[part] = n * part / parts;
-    } else {
-      const auto work = [&](int64_t i) { return valid[i] + double(segments[i].end - segments[i].begin) / 8; };
-      double whole = 0, done = 0;
-      for (int64_t i = 0; i < n; ++i) whole += work(i);
-      // A last segment of more than twice a part's work leaves nothing to the parts behind it.
-      for (int64_t i = 0, part = 1; i < n; done += work(i++)) {
-        while (part < parts && done + work(i) / 2 >= whole * double(part) / double(parts)) first[part++] = i;
-      }
+    // A last segment of more than twice a part's work leaves nothing to the parts behind it.
+    for (int64_t i = 0, part = 1; i < n; done += work(i++)) {
+      while (part < parts && done + work(i) / 2 >= whole * double(part) / double(parts)) first[part++] = i;
     }
     parallel_parts(parts, parts, [&](int64_t part, int64_t, int64_t) {
       for (int64_t i = first[part]; i < first[part + 1]; ++i) f(i, segments[i]);

@@ -234,13 +234,11 @@ def _backward_once(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor 
     """As _backward, with what the forward pass stored as the gradients themselves: no tensors of their size, and no pass over them
     where nothing is left to multiply them by."""
     if grad_loss is None:
-        return (None,) * (_TENSORS + len(ctx.how))
+        return _backward(ctx, None)
     scale, *rest = saved = ctx.saved_tensors
     grads, inputs = rest[: len(_LEARNT)], rest[len(_LEARNT) :]
-    stored = all(
-        inputs[i] is None or inputs[i].dtype == torch.float32 for i in _LEARNT
-    )  # in the dtypes that they are to have
-    if not stored or backends.forced not in (None, "cpp") or scale.device.type != "cpu":
+    as_stored = all(inputs[i] is None or inputs[i].dtype == torch.float32 for i in _LEARNT)
+    if not as_stored or backends.forced not in (None, "cpp") or scale.device.type != "cpu":
         return _rescaled(ctx, grad_loss, saved)
     if is_traced(grad_loss) or grad_loss.item() * scale.item() != 1:
         _ppo_loss_backward_(grad_loss, scale, inputs[3], *grads)
@@ -257,9 +255,8 @@ _ARGUMENTS = (
     " Tensor? num_items, float items, float clip_low, float clip_high, float dual_clip, float value_clip,"
     " float value_coef, float entropy_coef, float kl_coef, int kl_estimator, int level, int aggregation, int variant"
 )
-_GRADS = (
-    "Tensor grad_logprobs, Tensor grad_values, Tensor grad_entropy"  # of what the call does not have: of shape (0,)
-)
+# Of what a call does not have the gradient is of shape (0,).
+_GRADS = "Tensor grad_logprobs, Tensor grad_values, Tensor grad_entropy"
 ppo_loss: Callable[..., tuple[Tensor, ...]] = Op(
     f"ppo_loss({_ARGUMENTS}) -> (Tensor loss, Tensor stats, Tensor scale, {_GRADS})",
     definition,
