@@ -1,8 +1,6 @@
 """Files, formats and token ids: what every kind of row becomes, and what is said of rows that become nothing."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +10,7 @@ import pytest
 from fastllm import ConfigError, DataError
 from fastllm.train import data, encode, files, formats, lock
 from fastllm.train.packing import IGNORED
+from tests.train.elsewhere import killed_inside
 
 Q, A = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}
 
@@ -348,25 +347,10 @@ def test_what_a_kill_has_left_half_written_goes_at_the_next_run_and_what_is_bein
 ):
     path, cache = write("a.jsonl", [{"messages": [Q, A]}]), tmp_path / "cache"
     cache.mkdir()
-    read, told = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            with data._written_whole(cache / "other.arrow"):
-                os.write(told, b"1")
-                signal.pause()
-        finally:
-            os._exit(1)
-    os.close(told)
-    try:
-        assert os.read(read, 1) == b"1"
+    with killed_inside(data._written_whole(cache / "other.arrow")):
         (half,) = cache.glob("*.part")
         prepared(path, tokenizer)
         assert half.exists()
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        os.close(read)
     assert half.exists(), "the test's own premise: a kill leaves it"
     prepared(path, tokenizer)
     assert not half.exists()

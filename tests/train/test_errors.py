@@ -2,9 +2,7 @@
 
 import errno
 import json
-import os
 import shutil
-import signal
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from fastllm import cli
 from fastllm.train import command, config, lock, models
 from fastllm.train.run import Run
+from tests.train.elsewhere import killed_inside
 
 transformers = pytest.importorskip("transformers")
 
@@ -189,24 +188,9 @@ def test_resuming_needs_a_whole_checkpoint_of_the_same_stage(call, tmp_path, wri
 
 
 @contextmanager
-def training_elsewhere(folder):
-    """Another process that holds a run's folder, and is killed."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.write(write, b"%d" % (not lock.hold(folder)))
-            signal.pause()
-        finally:
-            os._exit(1)
-    os.close(write)
-    try:
-        assert os.read(read, 1) == b"1"
-        yield child
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        os.close(read)
+def training_in(folder):
+    assert not lock.hold(folder)
+    yield
 
 
 def test_one_run_at_a_time_trains_in_a_folder_and_a_killed_one_keeps_nobody_out(call, tmp_path):
@@ -214,7 +198,7 @@ def test_one_run_at_a_time_trains_in_a_folder_and_a_killed_one_keeps_nobody_out(
     run = next((tmp_path / "runs").iterdir())
     before = everything_in(run)
     for resume in (str(run), "latest"):
-        with training_elsewhere(run) as process:
+        with killed_inside(training_in(run)) as process:
             code, said = call(resume_from_checkpoint=resume, max_steps=2)
             assert code == 2
             assert f"resume_from_checkpoint: process {process} on " in said
